@@ -1,0 +1,684 @@
+"""DeepSeek-R1 and its six distills, from tokens to logits, in one file.
+
+    tokens [b, s] -> Embedding -> n_layers x Block -> RMSNorm -> head -> logits [b, s, vocab]
+
+    Block (the same two lines for a 1.5B distill and for R1 with 671B):
+        x = x + attention(norm(x))         GQA in the distills (Qwen2.5, Llama 3), MLA in R1
+        x = x + feed_forward(norm(x))      MLP in the distills and R1's first 3 layers, MoE in R1's other 58
+
+Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA, 7
+MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. convert.py holds
+the table that maps HuggingFace names to the ones used here, and fills the parameters, which this file only
+declares.
+
+Equation numbers: "V3" DeepSeek-V3 report (arXiv 2412.19437), "V2" DeepSeek-V2 (2405.04434), "YaRN"
+(2309.00071). Training-only parts of V3 (balance loss Eq. 17-20, bias updates, multi-token prediction Eq.
+21-25) are not in here.
+
+Dimension letters, the same in shape comments and einsums:
+    b batch rows     s query tokens   t cache slots (keys)      m model dim      n tokens, b * s flattened h
+    query heads    g key/value heads     d head dim (MLA: its part without position)    r rotary dim    v
+    value dim c latent dim     e experts        k experts chosen per token                 f feed-forward dim
+With P tensor-parallel ranks each rank holds h/P heads and f/P feed-forward channels of everything, so two
+all-reduces per layer (attention, feed-forward), one for the embedding and one gather of the logits are all
+the communication.
+"""
+import json
+import math
+import sys
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernel
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Config: what a checkpoint is. Runtime: how we run it. No field stands in both.
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions. `plain`; `llama3` (Llama 3.1's long-context scaling); `yarn` (R1: 4k -> 160k
+    context)."""
+    kind: str                           # plain | llama3 | yarn
+    theta: float
+    factor: float = 1.0                 # how far the context was stretched; R1: 40
+    original_context_len: int = 0       # context before stretching; R1: 4096
+    beta_fast: float = 32.0     # yarn: a pair that turns more often than this in the original context is kept
+    beta_slow: float = 1.0              # yarn: one that turns less often than this is slowed down by `factor`
+    mscale: float = 0.0                 # yarn: temperature on cos and sin, relative to mscale_all_dim
+    mscale_all_dim: float = 0.0         # yarn: temperature on the softmax scale; R1: 1.0
+    low_freq_factor: float = 1.0        # llama3: wavelengths over original_context_len / low are slowed down
+    high_freq_factor: float = 4.0       # llama3: wavelengths under original_context_len / high are kept
+
+    def __post_init__(self):
+        if self.kind not in ("plain", "llama3", "yarn"):
+            raise ValueError(f"rope.kind is {self.kind!r}; known: plain, llama3, yarn")
+        if self.kind != "plain" and not (self.factor >= 1 and self.original_context_len > 0):
+            raise ValueError(f"rope.kind {self.kind} needs factor >= 1 and original_context_len > 0; "
+                             f"got {self.factor} and {self.original_context_len}")
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention of the distills."""
+    n_kv_heads: int
+    head_dim: int
+    qkv_bias: bool                      # true for Qwen2, false for Llama
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention of V3 / R1. Numbers: R1."""
+    q_lora_rank: int | None             # 1536; None: queries are projected directly
+    kv_lora_rank: int                   # 512   c
+    qk_nope_head_dim: int               # 128   d
+    qk_rope_head_dim: int               # 64    r
+    v_head_dim: int                     # 128   v
+    latent_norm_eps: float = 1e-6       # the norms on the two latents do not follow norm_eps
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts of V3 / R1. Numbers: R1."""
+    n_dense_layers: int                 # 3     leading layers with a plain MLP
+    n_routed_experts: int               # 256   e
+    n_shared_experts: int               # 1     experts that see every token
+    n_activated_experts: int            # 8     k
+    n_expert_groups: int                # 8     consecutive experts form a group (one node each in training)
+    n_limited_groups: int               # 4     a token may use experts of this many groups
+    moe_inter_dim: int                  # 2048  f of one expert
+    route_scale: float                  # 2.5
+    norm_topk_prob: bool                # true: the k weights of a token sum to 1 before route_scale
+
+    def __post_init__(self):
+        per_group, rest = divmod(self.n_routed_experts, self.n_expert_groups)
+        if rest or per_group < 2 or not 1 <= self.n_limited_groups <= self.n_expert_groups:
+            raise ValueError(f"moe: n_routed_experts {self.n_routed_experts} must fill n_expert_groups "
+                             f"{self.n_expert_groups} with at least 2 experts each, and n_limited_groups "
+                             f"{self.n_limited_groups} be at most n_expert_groups")
+        if not 1 <= self.n_activated_experts <= per_group * self.n_limited_groups:
+            raise ValueError(f"moe: n_activated_experts {self.n_activated_experts} must be between 1 and the "
+                             f"{per_group * self.n_limited_groups} experts of {self.n_limited_groups} groups")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a checkpoint is. Read from JSON with strict keys; exactly one of `gqa` and `mla` is present."""
+    vocab_size: int
+    dim: int                            # m
+    inter_dim: int                      # f of the MLP layers
+    n_layers: int
+    n_heads: int                        # h
+    norm_eps: float
+    context_len: int                    # positions that the model was made for
+    tie_embeddings: bool                # the head is the embedding matrix
+    dtype: str                          # what the checkpoint's high-precision tensors are stored in
+    rope: RopeConfig
+    gqa: GQAConfig | None = None
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    fp8: bool = False                   # the layers' weights are block-wise e4m3 (kernel.py)
+
+    def __post_init__(self):
+        if (self.gqa is None) == (self.mla is None):
+            raise ValueError("config needs exactly one of the groups 'gqa' and 'mla'")
+        if self.gqa and self.n_heads % self.gqa.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of gqa.n_kv_heads {self.gqa.n_kv_heads}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.rope_dim % 2:
+            raise ValueError(f"RoPE rotates pairs: the rotary dimension {self.rope_dim} must be even")
+
+    @property
+    def rope_dim(self) -> int:
+        return self.mla.qk_rope_head_dim if self.mla else self.gqa.head_dim
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Config":
+        """Read a config of ours (`config_671B.json`, `configs/`); ValueError names an unknown or missing
+        key."""
+        try:
+            return _from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def legal_ranks(self) -> list[int]:
+        """The numbers of tensor-parallel ranks that cut every sharded dimension evenly, FP8 ones between
+        blocks."""
+        unit = kernel.BLOCK if self.fp8 else 1
+        cuts = [(self.vocab_size, 1), (self.n_heads, 1), (self.inter_dim, unit)]
+        if self.gqa:
+            cuts += [(self.gqa.n_kv_heads, 1)]
+        if self.mla:
+            heads = self.mla.qk_nope_head_dim
+            cuts += [(self.n_heads * (heads + self.mla.qk_rope_head_dim), unit),  # wq_b
+                     (self.n_heads * (heads + self.mla.v_head_dim), unit),      # wkv_b
+                     (self.n_heads * self.mla.v_head_dim, unit)]                # wo
+        if self.moe:
+            cuts += [(self.moe.moe_inter_dim, unit)]
+        return [1] + [ranks for ranks in range(2, self.n_heads + 1)
+                      if all(size % (ranks * unit) == 0 for size, unit in cuts)]
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+def _from_dict(cls, data: dict, where: str = ""):
+    """Build the dataclass `cls` from JSON, every key known, every required key there, every type right."""
+    known = {field.name: field for field in fields(cls)}
+    if unknown := data.keys() - known.keys():
+        raise ValueError(f"unknown key {where + min(unknown)!r}; known: {', '.join(known)}")
+    if missing := [name for name, f in known.items() if f.default is MISSING and name not in data]:
+        raise ValueError(f"missing key {where + missing[0]!r}")
+    values = {}
+    for name, value in data.items():
+        kinds = getattr(known[name].type, "__args__", (known[name].type,))      # `int | None` -> two kinds
+        if isinstance(value, dict) and is_dataclass(kinds[0]):
+            value = _from_dict(kinds[0], value, f"{where}{name}.")
+        if type(value) is int and float in kinds:
+            value = float(value)
+        if type(value) not in kinds:
+            accepted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"key {where + name!r} is {value!r}; it must be {accepted}")
+        values[name] = value
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's place among the tensor-parallel ranks. size 1 needs no process group; None is the
+    default one."""
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How we run a checkpoint. Nothing in here changes what the model computes, only where, how fast and how
+    much."""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.bfloat16     # of activations, cache and all weights that are not FP8
+    fp8: str = "dequant"          # FP8 weights: "dequant" to dtype and multiply, or "gemm" on FP8 activations
+    tp: Shard = Shard()
+    rows: int = 1                           # sequences that the cache holds
+    max_seq_len: int = 4096                 # tokens that the cache holds per sequence
+    prefill_chunk: int = 2048            # prompt tokens per forward pass: activation memory is linear in this
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Norm and rotary positions
+
+
+def declare(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter without memory (meta device): convert.load_model puts the checkpoint's tensor in its
+    place."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight: scales every token to unit size, without mean or bias."""
+
+    def __init__(self, dim: int, eps: float, rt: Runtime):
+        super().__init__()
+        self.eps = eps
+        self.weight = declare(dim, dtype=rt.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:                                     # [..., dim]
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)      # rounded before the product, as HuggingFace does it in bf16
+
+
+def yarn_mscale(factor: float, strength: float) -> float:
+    """YaRN section 3.4: a stretched context needs sharper attention. Logits grow by this squared. R1:
+    1.3689."""
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
+    """Angle per position of each of the dim/2 pairs, fp32 [r/2], and a factor on cos and sin (1.0 but for
+    some YaRN).
+
+    The config decides, never the length of the run: R1 was trained with YaRN on, so short prompts need it,
+    too.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    freqs = 1.0 / rope.theta ** exponent                                        # [r/2] from 1 down to 1/theta
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / freqs
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = ((rope.original_context_len / wavelength - low) / (high - low)).clamp(0, 1)
+        return (1 - keep) * freqs / rope.factor + keep * freqs, 1.0
+    if rope.kind == "yarn":
+        # YaRN Definition 2 ("NTK by parts"): fast pairs keep their frequency, slow ones are divided by
+        # factor. The paper ramps between them in turns per context; DeepSeek's code, followed here, ramps in
+        # the pair's index.
+        def pair_turning(turns: float) -> float:    # index of the pair that turns so often in the old context
+            wavelength = rope.original_context_len / turns
+            return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
+        low = max(math.floor(pair_turning(rope.beta_fast)), 0)                  # R1: 10
+        high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)            # R1: 23
+        ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+        slow = ramp.clamp(0, 1)                                                 # [r/2] 0 keep, 1 slow down
+        freqs = freqs * (1 - slow) + freqs / rope.factor * slow
+        mscale = yarn_mscale(rope.factor, 1.0)
+        if rope.mscale and rope.mscale_all_dim:     # R1: 1.0, the whole temperature sits in the softmax scale
+            mscale = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+        return freqs, mscale
+    return freqs, 1.0
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r] by cos, sin [b, s, 1, r/2], in fp32.
+
+    Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair (i, i +
+    r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # [b, s, h, r/2] each
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)  # [b, s, h, r/2, 2]
+    return rotated.flatten(-2).to(x.dtype)                                      # [b, s, h, r]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The cache
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens so far, outside the modules: rows of one batch may stand at different
+    positions.
+
+    Each layer has a tuple of buffers [rows, slots, ...]: MLA one of width c + r (the latent and the shared
+    rotary key), GQA keys and values [rows, slots, g, d]. A forward pass reads every slot of the cache that it
+    is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots.
+    """
+    layers: list[tuple[Tensor, ...]]
+    lengths: Tensor                  # [rows] int64, tokens stored in each row; advanced by every forward pass
+
+    @classmethod
+    def allocate(cls, cfg: Config, rt: Runtime) -> "Cache":
+        """An empty cache of rt.rows x rt.max_seq_len. R1, bf16: 61 * 576 * 2 = 70,272 bytes a token."""
+        if cfg.mla:
+            shapes = [(cfg.mla.kv_lora_rank + cfg.mla.qk_rope_head_dim,)]
+        else:
+            shapes = [(cfg.gqa.n_kv_heads // rt.tp.size, cfg.gqa.head_dim)] * 2
+        # zeros, not empty: a masked slot has weight 0, and 0 * (whatever memory held, perhaps NaN) is not
+        # always 0
+        layers = [tuple(torch.zeros(rt.rows, rt.max_seq_len, *shape, dtype=rt.dtype, device=rt.device)
+                        for shape in shapes) for _ in range(cfg.n_layers)]
+        return cls(layers, torch.zeros(rt.rows, dtype=torch.int64, device=rt.device))
+
+    def view(self, rows: slice, slots: int) -> "Cache":
+        """The same memory, narrowed to `rows` and to the first `slots` slots."""
+        layers = [tuple(buffer[rows, :slots] for buffer in layer) for layer in self.layers]
+        return Cache(layers, self.lengths[rows])
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` a clone of the first `length` tokens of row `source`."""
+        for layer in self.layers:
+            for buffer in layer:
+                buffer[target, :length] = buffer[source, :length]
+        self.lengths[target] = length
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in this rank's cache, all layers together."""
+        return sum(buffer[0, 0].nbytes for layer in self.layers for buffer in layer)
+
+
+@dataclass
+class Step:
+    """What all layers of one forward pass share."""
+    positions: Tensor       # [b, s]         where the new tokens stand in their rows
+    mask: Tensor        # [b, 1, s, t]   True where a query may look at a slot: at itself and what came before
+    cos: Tensor             # [b, s, 1, r/2]
+    sin: Tensor             # [b, s, 1, r/2]
+
+    def store(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Write new [b, s, ...] into buffer [b, t, ...] at the new tokens' positions; return the buffer."""
+        rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]     # [b, 1]
+        buffer[rows, self.positions] = new
+        return buffer
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Linear layers and the two collectives
+
+
+def all_reduce(x: Tensor, tp: Shard) -> Tensor:
+    """Sum the ranks' partial results, in place."""
+    if tp.size > 1:
+        dist.all_reduce(x, group=tp.group)
+    return x
+
+
+def all_gather(x: Tensor, tp: Shard) -> Tensor:
+    """Join the ranks' slices of the last axis: [..., v/P] -> [..., v]."""
+    if tp.size == 1:
+        return x
+    slices = [torch.empty_like(x) for _ in range(tp.size)]
+    dist.all_gather(slices, x.contiguous(), group=tp.group)
+    return torch.cat(slices, dim=-1)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with this rank's part of W, in the run's dtype or in FP8 with a scale per 128 x 128
+    block.
+
+    Sizes are local. Cutting the outputs over ranks needs no communication; cutting the inputs leaves a
+    partial sum, which Block adds up. With `experts` the weight is a stack [e, out, in] and the call names one
+    of them.
+    """
+
+    def __init__(self, n_in: int, n_out: int, cfg: Config, rt: Runtime, bias: bool = False,
+                 experts: tuple = ()):
+        super().__init__()
+        self.fp8 = rt.fp8
+        self.weight = declare(*experts, n_out, n_in, dtype=kernel.FP8 if cfg.fp8 else rt.dtype)
+        self.bias = declare(n_out, dtype=rt.dtype) if bias else None
+        blocks = (*experts, kernel.n_blocks(n_out), kernel.n_blocks(n_in))
+        scale = torch.empty(blocks, dtype=torch.float32, device="meta") if cfg.fp8 else None
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # [..., in] -> [..., out]
+        weight, scale = self.weight, self.scale
+        if expert is not None:
+            weight, scale = weight[expert], scale if scale is None else scale[expert]
+        if scale is None:
+            return F.linear(x, weight, self.bias)
+        if self.fp8 == "gemm":
+            return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
+        return F.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
+
+    def dequantise(self, dtype: torch.dtype) -> None:
+        """Replace an FP8 weight by its high-precision form, for good."""
+        if self.scale is not None:
+            weight = kernel.weight_dequant(self.weight, self.scale, dtype)
+            self.weight, self.scale = nn.Parameter(weight, requires_grad=False), None
+
+
+class Embedding(nn.Module):
+    """Token ids -> vectors. Each rank holds vocab/P rows; a token is looked up by the rank that has it."""
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        self.tp = rt.tp
+        self.weight = declare(cfg.vocab_size // rt.tp.size, cfg.dim, dtype=rt.dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:                                # [b, s] -> [b, s, m]
+        local = tokens - self.tp.rank * self.weight.shape[0]
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])               # [b, s]
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight)           # [b, s, m]
+        return all_reduce(x.masked_fill(elsewhere[..., None], 0), self.tp)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Grouped-query attention: the distills
+
+
+class GQA(nn.Module):
+    """Attention with fewer key/value heads than query heads (arXiv 2305.13245); h/g query heads share one of
+    them.
+
+    A distill's whole cache is 2 * g * d numbers a token and layer: Qwen-7B 57 KB, Llama-70B 328 KB a token in
+    bf16.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        a, ranks = cfg.gqa, rt.tp.size
+        self.head_dim = a.head_dim
+        self.wq = Linear(cfg.dim, cfg.n_heads * a.head_dim // ranks, cfg, rt, bias=a.qkv_bias)
+        self.wk = Linear(cfg.dim, a.n_kv_heads * a.head_dim // ranks, cfg, rt, bias=a.qkv_bias)
+        self.wv = Linear(cfg.dim, a.n_kv_heads * a.head_dim // ranks, cfg, rt, bias=a.qkv_bias)
+        self.wo = Linear(cfg.n_heads * a.head_dim // ranks, cfg.dim, cfg, rt)
+
+    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
+        """x [b, s, m], cache: keys and values [b, t, g/P, d] -> this rank's partial sum [b, s, m]."""
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, h/P, d]
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
+        keys = step.store(cache[0], apply_rope(k, step.cos, step.sin))          # [b, t, g/P, d]
+        values = step.store(cache[1], v)                                        # [b, t, g/P, d]
+        q = apply_rope(q, step.cos, step.sin)
+        # softmax(q k^T / sqrt(d)) v, where query head i uses key/value head i // (h/g)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
+                                           attn_mask=step.mask, enable_gqa=True)           # [b, h/P, s, d]
+        return self.wo(o.transpose(1, 2).flatten(2))                            # [b, s, m]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Multi-head latent attention: R1
+
+
+class MLA(nn.Module):
+    """Attention whose cache is one small latent vector per token instead of keys and values per head (V2
+    section 2.1).
+
+    Keys and values of all heads are linear functions of a shared latent c_kv; only c_kv is stored. A linear
+    map and a rotation that depends on the position do not commute, so position travels apart, in one rotary
+    key k_pe that all heads share. R1 caches 512 + 64 numbers a token and layer where 128 heads of keys (192)
+    and values (128) would take 40,960: 71 times less, 70 KB a token over 61 layers instead of 5.0 MB. Ranks
+    split heads; each keeps every latent.
+
+    The same function has two orders of evaluation. Expanded: make keys and values from the latents, then
+    attend, the cheap way for many queries. Absorbed: move the up-projections W^UK and W^UV over to the query
+    and the output and attend in latent space, where nothing has to be expanded; the cheap way for the one
+    query of a decode step.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        a, self.heads = cfg.mla, cfg.n_heads // rt.tp.size
+        self.c, self.d, self.r, self.v = a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
+        q_out = self.heads * (self.d + self.r)
+        if a.q_lora_rank is None:
+            self.wq = Linear(cfg.dim, q_out, cfg, rt)
+        else:       # queries are compressed, too: saves parameters and training activations, not cache
+            self.wq_a = Linear(cfg.dim, a.q_lora_rank, cfg, rt)                 # W^DQ
+            self.q_norm = RMSNorm(a.q_lora_rank, a.latent_norm_eps, rt)
+            self.wq_b = Linear(a.q_lora_rank, q_out, cfg, rt)                   # W^UQ and W^QR, per head
+        self.wkv_a = Linear(cfg.dim, self.c + self.r, cfg, rt)                  # W^DKV, then W^KR
+        self.kv_norm = RMSNorm(self.c, a.latent_norm_eps, rt)
+        self.wkv_b = Linear(self.c, self.heads * (self.d + self.v), cfg, rt)    # W^UK and W^UV, per head
+        self.wo = Linear(self.heads * self.v, cfg.dim, cfg, rt)
+        mscale = yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim)
+        self.scale = (self.d + self.r) ** -0.5 * mscale ** 2                    # R1: 192^-1/2 * 1.874 = 0.135
+        # Per head and slot, s queries cost s * (2c + r) absorbed, and c * (d + v) + s * (d + r + v) expanded.
+        saved = (2 * self.c + self.r) - (self.d + self.r + self.v)
+        break_even = self.c * (self.d + self.v) // saved if saved > 0 else sys.maxsize
+        self.absorb_up_to = break_even                                          # R1: 170 queries
+
+    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
+        """x [b, s, m], cache: one buffer [b, t, c+r] -> this rank's partial sum [b, s, m]."""
+        if hasattr(self, "wq"):
+            q = self.wq(x)
+        else:
+            q = self.wq_b(self.q_norm(self.wq_a(x)))                          # V3 Eq. 6-8 [b, s, h/P * (d+r)]
+        q = q.unflatten(-1, (self.heads, -1))                                   # [b, s, h/P, d+r]
+        q_nope, q_pe = q.split([self.d, self.r], dim=-1)
+        q_pe = apply_rope(q_pe, step.cos, step.sin)                             # V3 Eq. 8
+        c_kv, k_pe = self.wkv_a(x).split([self.c, self.r], dim=-1)             # V3 Eq. 1 [b, s, c], [b, s, r]
+        c_kv = self.kv_norm(c_kv)                # in no equation: V2 section 3.1.2 adds norms on both latents
+        k_pe = apply_rope(k_pe[:, :, None], step.cos, step.sin)[:, :, 0]        # V3 Eq. 3 [b, s, r]
+        latents = step.store(cache[0], torch.cat([c_kv, k_pe], dim=-1))         # [b, t, c+r]
+        attend = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
+        o = attend(q_nope, q_pe, latents, step.mask)                            # [b, s, h/P, v]
+        return self.wo(o.flatten(2))                                            # V3 Eq. 11 [b, s, m]
+
+    def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+        """V3 Eq. 10 as written: per-head keys and values from the latents, then ordinary attention."""
+        c_kv, k_pe = latents.split([self.c, self.r], dim=-1)
+        w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
+        k_nope = torch.einsum("btc,hdc->bhtd", c_kv, w_k)                       # V3 Eq. 2
+        v = torch.einsum("btc,hvc->bhtv", c_kv, w_v)                            # V3 Eq. 5
+        k_pe = k_pe[:, None].expand(-1, self.heads, -1, -1)                     # one rotary key for all heads
+        k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, h/P, t, d+r]
+        q = torch.cat([q_nope, q_pe], dim=-1).transpose(1, 2)                   # V3 Eq. 9 [b, h/P, s, d+r]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)  # [b, h/P, s, v]
+        return o.transpose(1, 2)
+
+    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves serve as keys and as
+        values."""
+        w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
+        q_c = torch.einsum("bshd,hdc->bshc", q_nope, w_k)                       # W^UK absorbed into the query
+        q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
+        scores = torch.einsum("bshc,btc->bhst", q, latents)                     # c runs over c + r here
+        scores = scores.float() * self.scale
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)  # V3 Eq. 10 [b, h/P, s, t]
+        o_c = torch.einsum("bhst,btc->bshc", weights, latents[..., :self.c])    # [b, s, h/P, c]
+        return torch.einsum("bshc,hvc->bshv", o_c, w_v)                         # W^UV applied to the output
+
+    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b, which alternate between them head by
+        head."""
+        self.wkv_b.dequantise(dtype)            # once: convert.load_model has done it already
+        return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Feed-forward: MLP, and a mixture of experts
+
+
+class MLP(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). With `experts` a stack of them, and the call names one."""
+
+    def __init__(self, inter_dim: int, cfg: Config, rt: Runtime, experts: tuple = ()):
+        super().__init__()
+        self.w1 = Linear(cfg.dim, inter_dim // rt.tp.size, cfg, rt, experts=experts)  # "gate" in HuggingFace
+        self.w2 = Linear(inter_dim // rt.tp.size, cfg.dim, cfg, rt, experts=experts)  # "down"
+        self.w3 = Linear(cfg.dim, inter_dim // rt.tp.size, cfg, rt, experts=experts)  # "up"
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """x [..., m] -> this rank's partial sum [..., m]."""
+        return self.w2(F.silu(self.w1(x, expert)) * self.w3(x, expert), expert)  # [..., f/P] -> [..., m]
+
+
+class Gate(nn.Module):
+    """Chooses k of e experts for each token, and how much each one counts (V3 section 2.1.2).
+
+    R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at
+    most 4 nodes. The bias b_i balances the experts' load without a loss term: training nudges it up for idle
+    experts, down for busy ones. It takes part in the choice only; the weights come from the unbiased scores.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        self.moe = cfg.moe
+        self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)  # centroids e_i of V3 Eq. 15
+        bias = torch.empty(cfg.moe.n_routed_experts, dtype=torch.float32, device="meta")
+        self.register_buffer("bias", bias)                                      # b_i of V3 Eq. 16
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. In fp32: a bf16 gate flips 3 % of the
+        choices."""
+        moe = self.moe
+        scores = F.linear(x.float(), self.weight.float()).sigmoid()             # V3 Eq. 15 [n, e]
+        biased = (scores + self.bias).unflatten(-1, (moe.n_expert_groups, -1))  # V3 Eq. 16 [n, G, e/G]
+        # V3 section 2.1.2: a group is as good as its K_r/M best experts; R1: 8 chosen from 4 groups, so 2
+        votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
+        kept = votes.topk(moe.n_limited_groups, dim=-1).indices                 # [n, M]
+        dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)  # [n, G]
+        # -inf, not 0: with a negative bias a kept expert may score below 0 and still has to win against a
+        # dropped one
+        biased = biased.masked_fill(dropped[..., None], -math.inf).flatten(1)   # [n, e]
+        experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # [n, k]
+        weights = scores.gather(1, experts)                                     # V3 Eq. 14: s_i, without b_i
+        if moe.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)     # V3 Eq. 13 [n, k]
+        return weights * moe.route_scale, experts           # route_scale = 2.5 is in no equation
+
+
+class MoE(nn.Module):
+    """One shared expert for every token plus k routed ones of many (V3 Eq. 12): R1 holds 256 and reads 8 + 1.
+
+    A MoE layer of R1 has 11.5 B parameters, of which a token uses 0.40 B. Every rank holds a slice of every
+    expert, like any MLP, so all ranks work equally whatever the gate decides, and one all-reduce covers the
+    whole sum.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        moe = cfg.moe
+        self.gate = Gate(cfg, rt)
+        self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))  # weights [e, f/P, m]
+        self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
+        tokens = x.flatten(0, 1)                                                # [n, m]
+        weights, experts = self.gate(tokens)                                    # [n, k] each
+        y = self.shared(tokens).float()                                         # [n, m]
+        for expert in experts.unique().tolist():            # only experts that were hit are read
+            n, k = torch.where(experts == expert)   # the tokens that chose it, and in which of their k places
+            y.index_add_(0, n, self.experts(tokens[n], expert) * weights[n, k, None])  # V3 Eq. 12
+        return y.to(x.dtype).view_as(x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Block and Transformer
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, layer: int, cfg: Config, rt: Runtime):
+        super().__init__()
+        self.tp = rt.tp
+        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps, rt)
+        self.attn = MLA(cfg, rt) if cfg.mla else GQA(cfg, rt)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps, rt)
+        is_moe = cfg.moe and layer >= cfg.moe.n_dense_layers
+        self.ffn = MoE(cfg, rt) if is_moe else MLP(cfg.inter_dim, cfg, rt)
+
+    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:  # [b, s, m]
+        x = x + all_reduce(self.attn(self.attn_norm(x), step, cache), self.tp)
+        return x + all_reduce(self.ffn(self.ffn_norm(x)), self.tp)
+
+
+class Transformer(nn.Module):
+    """The whole model, or this rank's part of it. R1: 671.0 B parameters, 36.6 B of them used per token."""
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        super().__init__()
+        if rt.tp.size not in cfg.legal_ranks():
+            raise ValueError(f"this model cannot be cut over {rt.tp.size} ranks; it can over "
+                             f"{', '.join(map(str, cfg.legal_ranks()))}")
+        self.cfg, self.rt = cfg, rt
+        self.embed = Embedding(cfg, rt)
+        self.layers = nn.ModuleList(Block(layer, cfg, rt) for layer in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, rt)
+        # The head stays out of FP8 and is cut along the vocabulary, like the embedding that it may be tied
+        # to.
+        self.head = self.embed if cfg.tie_embeddings else Embedding(cfg, rt)
+        freqs, self.rope_factor = rope_frequencies(cfg.rope, cfg.rope_dim)
+        self.rope_freqs = freqs.to(rt.device)                                   # [r/2]
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: Cache, last: int | None = None) -> Tensor:
+        """Run tokens int64 [b, s], which follow what the b rows of `cache` hold, and append them to it.
+
+        Returns fp32 logits [b, s, vocab], or [b, last, vocab] for the last tokens only; the same on every
+        rank. Rows may stand at different positions; all need s free slots in the cache that is passed.
+        """
+        step = self._step(tokens.shape[1], cache)
+        x = self.embed(tokens)                                                  # [b, s, m]
+        for block, layer_cache in zip(self.layers, cache.layers):
+            x = block(x, step, layer_cache)
+        cache.lengths += tokens.shape[1]
+        x = self.norm(x if last is None else x[:, -last:])
+        return all_gather(F.linear(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
+
+    def _step(self, n_new: int, cache: Cache) -> Step:
+        device, slots = cache.lengths.device, cache.layers[0][0].shape[1]
+        positions = cache.lengths[:, None] + torch.arange(n_new, device=device)  # [b, s]
+        mask = torch.arange(slots, device=device) <= positions[..., None]       # [b, s, t]
+        angles = (positions[..., None].float() * self.rope_freqs)[:, :, None]   # [b, s, 1, r/2]
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        return Step(positions, mask[:, None], cos, sin)
