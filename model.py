@@ -6,22 +6,24 @@
         x = x + attention(norm(x))         GQA in the distills (Qwen2.5, Llama 3), MLA in R1
         x = x + feed_forward(norm(x))      MLP in the distills and R1's first 3 layers, MoE in R1's other 58
 
-Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA, 7
-MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. convert.py holds
-the table that maps HuggingFace names to the ones used here, and fills the parameters, which this file only
-declares.
+Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA,
+7 MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. This file only
+declares parameters; convert.py has the table from HuggingFace's names to these, and fills them.
 
 Equation numbers: "V3" DeepSeek-V3 report (arXiv 2412.19437), "V2" DeepSeek-V2 (2405.04434), "YaRN"
-(2309.00071). Training-only parts of V3 (balance loss Eq. 17-20, bias updates, multi-token prediction Eq.
-21-25) are not in here.
+(2309.00071). What V3 needs for training only is not in here: balance loss (Eq. 17-20), bias updates, and
+multi-token prediction (Eq. 21-25).
 
 Dimension letters, the same in shape comments and einsums:
-    b batch rows     s query tokens   t cache slots (keys)      m model dim      n tokens, b * s flattened h
-    query heads    g key/value heads     d head dim (MLA: its part without position)    r rotary dim    v
-    value dim c latent dim     e experts        k experts chosen per token                 f feed-forward dim
-With P tensor-parallel ranks each rank holds h/P heads and f/P feed-forward channels of everything, so two
-all-reduces per layer (attention, feed-forward), one for the embedding and one gather of the logits are all
-the communication.
+
+    b  batch rows            m  model dim                        c  latent dim
+    s  query tokens          h  query heads                      e  experts
+    t  cache slots (keys)    g  key/value heads                  k  experts chosen per token
+    n  tokens, b * s         d  head dim (MLA: without r)        f  feed-forward dim
+    P  ranks                 r  rotary dim                       v  value dim
+
+Each of P tensor-parallel ranks holds h/P heads and f/P feed-forward channels of everything. All communication
+is two all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of the logits.
 """
 import json
 import math
@@ -29,6 +31,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,14 +45,13 @@ import kernel
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions. `plain`; `llama3` (Llama 3.1's long-context scaling); `yarn` (R1: 4k -> 160k
-    context)."""
+    """Rotary positions: `plain`, `llama3` (Llama 3.1's scaling) or `yarn` (R1: 4k -> 160k context)."""
     kind: str                           # plain | llama3 | yarn
     theta: float
     factor: float = 1.0                 # how far the context was stretched; R1: 40
     original_context_len: int = 0       # context before stretching; R1: 4096
-    beta_fast: float = 32.0     # yarn: a pair that turns more often than this in the original context is kept
-    beta_slow: float = 1.0              # yarn: one that turns less often than this is slowed down by `factor`
+    beta_fast: float = 32.0             # yarn: pairs with more turns than this per original context are kept
+    beta_slow: float = 1.0              # yarn: pairs with fewer turns than this are slowed down by `factor`
     mscale: float = 0.0                 # yarn: temperature on cos and sin, relative to mscale_all_dim
     mscale_all_dim: float = 0.0         # yarn: temperature on the softmax scale; R1: 1.0
     low_freq_factor: float = 1.0        # llama3: wavelengths over original_context_len / low are slowed down
@@ -140,25 +142,21 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        """Read a config of ours (`config_671B.json`, `configs/`); ValueError names an unknown or missing
-        key."""
+        """Read a config of ours (config_671B.json, configs/). ValueError names an unknown or missing key."""
         try:
             return _from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def legal_ranks(self) -> list[int]:
-        """The numbers of tensor-parallel ranks that cut every sharded dimension evenly, FP8 ones between
-        blocks."""
+        """Numbers of ranks that cut every sharded dimension evenly, and FP8 weights between their blocks."""
         unit = kernel.BLOCK if self.fp8 else 1
         cuts = [(self.vocab_size, 1), (self.n_heads, 1), (self.inter_dim, unit)]
         if self.gqa:
             cuts += [(self.gqa.n_kv_heads, 1)]
         if self.mla:
-            heads = self.mla.qk_nope_head_dim
-            cuts += [(self.n_heads * (heads + self.mla.qk_rope_head_dim), unit),  # wq_b
-                     (self.n_heads * (heads + self.mla.v_head_dim), unit),      # wkv_b
-                     (self.n_heads * self.mla.v_head_dim, unit)]                # wo
+            d, r, v = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim, self.mla.v_head_dim
+            cuts += [(self.n_heads * size, unit) for size in (d + r, d + v, v)]         # wq_b, wkv_b, wo
         if self.moe:
             cuts += [(self.moe.moe_inter_dim, unit)]
         return [1] + [ranks for ranks in range(2, self.n_heads + 1)
@@ -191,8 +189,7 @@ def _from_dict(cls, data: dict, where: str = ""):
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's place among the tensor-parallel ranks. size 1 needs no process group; None is the
-    default one."""
+    """This process's place among the tensor-parallel ranks. Size 1 needs no group; None is the default."""
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
@@ -200,15 +197,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How we run a checkpoint. Nothing in here changes what the model computes, only where, how fast and how
-    much."""
+    """How we run a checkpoint: where, how precisely, how much at once; not what it computes."""
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16     # of activations, cache and all weights that are not FP8
-    fp8: str = "dequant"          # FP8 weights: "dequant" to dtype and multiply, or "gemm" on FP8 activations
+    fp8: str = "dequant"                    # "dequant" FP8 weights first, or "gemm" on FP8 activations
     tp: Shard = Shard()
     rows: int = 1                           # sequences that the cache holds
     max_seq_len: int = 4096                 # tokens that the cache holds per sequence
-    prefill_chunk: int = 2048            # prompt tokens per forward pass: activation memory is linear in this
+    prefill_chunk: int = 2048               # prompt tokens per forward pass; activations grow with this
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,8 +212,7 @@ class Runtime:
 
 
 def declare(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter without memory (meta device): convert.load_model puts the checkpoint's tensor in its
-    place."""
+    """A parameter without memory (meta device); convert.load_model puts the real tensor in its place."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
@@ -236,17 +231,14 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, strength: float) -> float:
-    """YaRN section 3.4: a stretched context needs sharper attention. Logits grow by this squared. R1:
-    1.3689."""
+    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared. R1: 1.3689."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
-    """Angle per position of each of the dim/2 pairs, fp32 [r/2], and a factor on cos and sin (1.0 but for
-    some YaRN).
+    """Angle per position of each of the dim/2 pairs, fp32 [r/2], and a factor on cos and sin (R1: 1.0).
 
-    The config decides, never the length of the run: R1 was trained with YaRN on, so short prompts need it,
-    too.
+    The config decides, never the length of the run: R1 was trained with YaRN, so short prompts need it, too.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     freqs = 1.0 / rope.theta ** exponent                                        # [r/2] from 1 down to 1/theta
@@ -256,9 +248,8 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
         keep = ((rope.original_context_len / wavelength - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * freqs / rope.factor + keep * freqs, 1.0
     if rope.kind == "yarn":
-        # YaRN Definition 2 ("NTK by parts"): fast pairs keep their frequency, slow ones are divided by
-        # factor. The paper ramps between them in turns per context; DeepSeek's code, followed here, ramps in
-        # the pair's index.
+        # YaRN Definition 2, "NTK by parts": fast pairs keep their frequency, slow ones are divided by factor.
+        # The paper ramps between them in turns per context; DeepSeek's code, and this, in the pair's index.
         def pair_turning(turns: float) -> float:    # index of the pair that turns so often in the old context
             wavelength = rope.original_context_len / turns
             return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
@@ -277,11 +268,11 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r] by cos, sin [b, s, 1, r/2], in fp32.
 
-    Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair (i, i +
-    r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
+    Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
+    (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # [b, s, h, r/2] each
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)  # [b, s, h, r/2, 2]
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return rotated.flatten(-2).to(x.dtype)                                      # [b, s, h, r]
 
 
@@ -289,17 +280,25 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # 3. The cache
 
 
+def zeros(*shape: int, rt: Runtime) -> Tensor:
+    """A zeroed buffer. Not `empty`: a masked slot has weight 0, but if memory holds a NaN, 0 * NaN is NaN."""
+    if rt.device.type != "cpu":
+        return torch.zeros(shape, dtype=rt.dtype, device=rt.device)
+    # numpy asks the system for zeroed pages, which take memory once they are used; torch would write them all
+    flat = np.zeros(math.prod(shape) * rt.dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(rt.dtype).view(shape)
+
+
 @dataclass
 class Cache:
-    """Keys and values of the tokens so far, outside the modules: rows of one batch may stand at different
-    positions.
+    """Keys and values of the tokens so far. Rows of one batch may stand at different positions.
 
     Each layer has a tuple of buffers [rows, slots, ...]: MLA one of width c + r (the latent and the shared
     rotary key), GQA keys and values [rows, slots, g, d]. A forward pass reads every slot of the cache that it
     is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots.
     """
     layers: list[tuple[Tensor, ...]]
-    lengths: Tensor                  # [rows] int64, tokens stored in each row; advanced by every forward pass
+    lengths: Tensor                         # [rows] int64: tokens stored; every forward pass advances it
 
     @classmethod
     def allocate(cls, cfg: Config, rt: Runtime) -> "Cache":
@@ -308,10 +307,8 @@ class Cache:
             shapes = [(cfg.mla.kv_lora_rank + cfg.mla.qk_rope_head_dim,)]
         else:
             shapes = [(cfg.gqa.n_kv_heads // rt.tp.size, cfg.gqa.head_dim)] * 2
-        # zeros, not empty: a masked slot has weight 0, and 0 * (whatever memory held, perhaps NaN) is not
-        # always 0
-        layers = [tuple(torch.zeros(rt.rows, rt.max_seq_len, *shape, dtype=rt.dtype, device=rt.device)
-                        for shape in shapes) for _ in range(cfg.n_layers)]
+        layers = [tuple(zeros(rt.rows, rt.max_seq_len, *shape, rt=rt) for shape in shapes)
+                  for _ in range(cfg.n_layers)]
         return cls(layers, torch.zeros(rt.rows, dtype=torch.int64, device=rt.device))
 
     def view(self, rows: slice, slots: int) -> "Cache":
@@ -331,11 +328,11 @@ class Cache:
         return sum(buffer[0, 0].nbytes for layer in self.layers for buffer in layer)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """What all layers of one forward pass share."""
     positions: Tensor       # [b, s]         where the new tokens stand in their rows
-    mask: Tensor        # [b, 1, s, t]   True where a query may look at a slot: at itself and what came before
+    mask: Tensor            # [b, 1, s, t]   True where a query may look: at itself and at what came before
     cos: Tensor             # [b, s, 1, r/2]
     sin: Tensor             # [b, s, 1, r/2]
 
@@ -367,12 +364,10 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with this rank's part of W, in the run's dtype or in FP8 with a scale per 128 x 128
-    block.
+    """y = x W^T + b with this rank's part of W, in the run's dtype or in FP8 with a scale per block.
 
     Sizes are local. Cutting the outputs over ranks needs no communication; cutting the inputs leaves a
-    partial sum, which Block adds up. With `experts` the weight is a stack [e, out, in] and the call names one
-    of them.
+    partial sum, which Block adds up. With `experts` the weight is a stack [e, out, in]; a call names one.
     """
 
     def __init__(self, n_in: int, n_out: int, cfg: Config, rt: Runtime, bias: bool = False,
@@ -422,11 +417,10 @@ class Embedding(nn.Module):
 
 
 class GQA(nn.Module):
-    """Attention with fewer key/value heads than query heads (arXiv 2305.13245); h/g query heads share one of
-    them.
+    """Attention in which h/g query heads share a key/value head (arXiv 2305.13245).
 
-    A distill's whole cache is 2 * g * d numbers a token and layer: Qwen-7B 57 KB, Llama-70B 328 KB a token in
-    bf16.
+    The cache takes 2 * g * d numbers a token and layer: in bf16 57 KB a token for Qwen-7B, 328 KB for
+    Llama-70B.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
@@ -448,8 +442,8 @@ class GQA(nn.Module):
         q = apply_rope(q, step.cos, step.sin)
         # softmax(q k^T / sqrt(d)) v, where query head i uses key/value head i // (h/g)
         o = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                           attn_mask=step.mask, enable_gqa=True)           # [b, h/P, s, d]
-        return self.wo(o.transpose(1, 2).flatten(2))                            # [b, s, m]
+                                           attn_mask=step.mask, enable_gqa=True)
+        return self.wo(o.transpose(1, 2).flatten(2))                            # [b, h/P, s, d] -> [b, s, m]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -457,19 +451,17 @@ class GQA(nn.Module):
 
 
 class MLA(nn.Module):
-    """Attention whose cache is one small latent vector per token instead of keys and values per head (V2
-    section 2.1).
+    """Attention that caches one small latent vector per token, not keys and values per head (V2 section 2.1).
 
     Keys and values of all heads are linear functions of a shared latent c_kv; only c_kv is stored. A linear
     map and a rotation that depends on the position do not commute, so position travels apart, in one rotary
-    key k_pe that all heads share. R1 caches 512 + 64 numbers a token and layer where 128 heads of keys (192)
-    and values (128) would take 40,960: 71 times less, 70 KB a token over 61 layers instead of 5.0 MB. Ranks
-    split heads; each keeps every latent.
+    key k_pe that all heads share (V2 section 2.1.3). R1 caches 512 + 64 numbers a token and layer where 128
+    heads of keys (192) and values (128) would take 40,960, 71 times as many: 70 KB a token over 61 layers
+    instead of 5.0 MB. Ranks split the heads; each keeps every latent.
 
     The same function has two orders of evaluation. Expanded: make keys and values from the latents, then
-    attend, the cheap way for many queries. Absorbed: move the up-projections W^UK and W^UV over to the query
-    and the output and attend in latent space, where nothing has to be expanded; the cheap way for the one
-    query of a decode step.
+    attend; cheaper for many queries. Absorbed: move the up-projections W^UK and W^UV over to the query and
+    the output and attend among the latents, so that nothing is expanded; cheaper for the one query of decode.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
@@ -477,9 +469,10 @@ class MLA(nn.Module):
         a, self.heads = cfg.mla, cfg.n_heads // rt.tp.size
         self.c, self.d, self.r, self.v = a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
         q_out = self.heads * (self.d + self.r)
-        if a.q_lora_rank is None:
+        self.compress_q = a.q_lora_rank is not None     # saves parameters and training activations, not cache
+        if not self.compress_q:
             self.wq = Linear(cfg.dim, q_out, cfg, rt)
-        else:       # queries are compressed, too: saves parameters and training activations, not cache
+        else:
             self.wq_a = Linear(cfg.dim, a.q_lora_rank, cfg, rt)                 # W^DQ
             self.q_norm = RMSNorm(a.q_lora_rank, a.latent_norm_eps, rt)
             self.wq_b = Linear(a.q_lora_rank, q_out, cfg, rt)                   # W^UQ and W^QR, per head
@@ -489,22 +482,19 @@ class MLA(nn.Module):
         self.wo = Linear(self.heads * self.v, cfg.dim, cfg, rt)
         mscale = yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim)
         self.scale = (self.d + self.r) ** -0.5 * mscale ** 2                    # R1: 192^-1/2 * 1.874 = 0.135
-        # Per head and slot, s queries cost s * (2c + r) absorbed, and c * (d + v) + s * (d + r + v) expanded.
-        saved = (2 * self.c + self.r) - (self.d + self.r + self.v)
-        break_even = self.c * (self.d + self.v) // saved if saved > 0 else sys.maxsize
-        self.absorb_up_to = break_even                                          # R1: 170 queries
+        # Products per head and slot of s queries: s * (2c + r) absorbed, c * (d + v) + s * (d + r + v) expanded
+        extra = (2 * self.c + self.r) - (self.d + self.r + self.v)
+        break_even = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize
+        self.absorb_up_to = break_even                                          # queries; R1: 170
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
         """x [b, s, m], cache: one buffer [b, t, c+r] -> this rank's partial sum [b, s, m]."""
-        if hasattr(self, "wq"):
-            q = self.wq(x)
-        else:
-            q = self.wq_b(self.q_norm(self.wq_a(x)))                          # V3 Eq. 6-8 [b, s, h/P * (d+r)]
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compress_q else self.wq(x)     # V3 Eq. 6-7
         q = q.unflatten(-1, (self.heads, -1))                                   # [b, s, h/P, d+r]
         q_nope, q_pe = q.split([self.d, self.r], dim=-1)
-        q_pe = apply_rope(q_pe, step.cos, step.sin)                             # V3 Eq. 8
-        c_kv, k_pe = self.wkv_a(x).split([self.c, self.r], dim=-1)             # V3 Eq. 1 [b, s, c], [b, s, r]
-        c_kv = self.kv_norm(c_kv)                # in no equation: V2 section 3.1.2 adds norms on both latents
+        q_pe = apply_rope(q_pe, step.cos, step.sin)                             # V3 Eq. 8 [b, s, h/P, r]
+        c_kv, k_pe = self.wkv_a(x).split([self.c, self.r], dim=-1)              # V3 Eq. 1 [b, s, c], [.., r]
+        c_kv = self.kv_norm(c_kv)               # in no equation: V2 section 3.1.2 adds norms on both latents
         k_pe = apply_rope(k_pe[:, :, None], step.cos, step.sin)[:, :, 0]        # V3 Eq. 3 [b, s, r]
         latents = step.store(cache[0], torch.cat([c_kv, k_pe], dim=-1))         # [b, t, c+r]
         attend = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
@@ -520,24 +510,21 @@ class MLA(nn.Module):
         k_pe = k_pe[:, None].expand(-1, self.heads, -1, -1)                     # one rotary key for all heads
         k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, h/P, t, d+r]
         q = torch.cat([q_nope, q_pe], dim=-1).transpose(1, 2)                   # V3 Eq. 9 [b, h/P, s, d+r]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)  # [b, h/P, s, v]
-        return o.transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return o.transpose(1, 2)                                                # [b, s, h/P, v]
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
-        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves serve as keys and as
-        values."""
+        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
         q_c = torch.einsum("bshd,hdc->bshc", q_nope, w_k)                       # W^UK absorbed into the query
         q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
-        scores = torch.einsum("bshc,btc->bhst", q, latents)                     # c runs over c + r here
-        scores = scores.float() * self.scale
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)  # V3 Eq. 10 [b, h/P, s, t]
+        scores = torch.einsum("bshc,btc->bhst", q, latents).float() * self.scale        # over all c+r
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)      # V3 Eq. 10
         o_c = torch.einsum("bhst,btc->bshc", weights, latents[..., :self.c])    # [b, s, h/P, c]
         return torch.einsum("bshc,hvc->bshv", o_c, w_v)                         # W^UV applied to the output
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b, which alternate between them head by
-        head."""
+        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head."""
         self.wkv_b.dequantise(dtype)            # once: convert.load_model has done it already
         return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
 
@@ -547,17 +534,19 @@ class MLA(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). With `experts` a stack of them, and the call names one."""
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x). With `experts`, a stack of which a call names one."""
 
     def __init__(self, inter_dim: int, cfg: Config, rt: Runtime, experts: tuple = ()):
         super().__init__()
-        self.w1 = Linear(cfg.dim, inter_dim // rt.tp.size, cfg, rt, experts=experts)  # "gate" in HuggingFace
-        self.w2 = Linear(inter_dim // rt.tp.size, cfg.dim, cfg, rt, experts=experts)  # "down"
-        self.w3 = Linear(cfg.dim, inter_dim // rt.tp.size, cfg, rt, experts=experts)  # "up"
+        local = inter_dim // rt.tp.size
+        self.w1 = Linear(cfg.dim, local, cfg, rt, experts=experts)              # "gate_proj" in HuggingFace
+        self.w2 = Linear(local, cfg.dim, cfg, rt, experts=experts)              # "down_proj"
+        self.w3 = Linear(cfg.dim, local, cfg, rt, experts=experts)              # "up_proj"
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
         """x [..., m] -> this rank's partial sum [..., m]."""
-        return self.w2(F.silu(self.w1(x, expert)) * self.w3(x, expert), expert)  # [..., f/P] -> [..., m]
+        inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)                 # [..., f/P]
+        return self.w2(inner, expert)
 
 
 class Gate(nn.Module):
@@ -571,22 +560,21 @@ class Gate(nn.Module):
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
         self.moe = cfg.moe
-        self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)  # centroids e_i of V3 Eq. 15
+        self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)        # e_i of V3 Eq. 15
         bias = torch.empty(cfg.moe.n_routed_experts, dtype=torch.float32, device="meta")
         self.register_buffer("bias", bias)                                      # b_i of V3 Eq. 16
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. In fp32: a bf16 gate flips 3 % of the
-        choices."""
+        """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. All in fp32: choices flip on rounding."""
         moe = self.moe
         scores = F.linear(x.float(), self.weight.float()).sigmoid()             # V3 Eq. 15 [n, e]
-        biased = (scores + self.bias).unflatten(-1, (moe.n_expert_groups, -1))  # V3 Eq. 16 [n, G, e/G]
+        biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
+        biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
         # V3 section 2.1.2: a group is as good as its K_r/M best experts; R1: 8 chosen from 4 groups, so 2
         votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
         kept = votes.topk(moe.n_limited_groups, dim=-1).indices                 # [n, M]
-        dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)  # [n, G]
-        # -inf, not 0: with a negative bias a kept expert may score below 0 and still has to win against a
-        # dropped one
+        dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)      # [n, G]
+        # -inf, not 0: a negative bias may take a kept expert below 0, and it must still beat the dropped ones
         biased = biased.masked_fill(dropped[..., None], -math.inf).flatten(1)   # [n, e]
         experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # [n, k]
         weights = scores.gather(1, experts)                                     # V3 Eq. 14: s_i, without b_i
@@ -599,15 +587,14 @@ class MoE(nn.Module):
     """One shared expert for every token plus k routed ones of many (V3 Eq. 12): R1 holds 256 and reads 8 + 1.
 
     A MoE layer of R1 has 11.5 B parameters, of which a token uses 0.40 B. Every rank holds a slice of every
-    expert, like any MLP, so all ranks work equally whatever the gate decides, and one all-reduce covers the
-    whole sum.
+    expert, as of any MLP, so all ranks work equally whatever the gate decides, and share one all-reduce.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
         moe = cfg.moe
         self.gate = Gate(cfg, rt)
-        self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))  # weights [e, f/P, m]
+        self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -616,8 +603,8 @@ class MoE(nn.Module):
         weights, experts = self.gate(tokens)                                    # [n, k] each
         y = self.shared(tokens).float()                                         # [n, m]
         for expert in experts.unique().tolist():            # only experts that were hit are read
-            n, k = torch.where(experts == expert)   # the tokens that chose it, and in which of their k places
-            y.index_add_(0, n, self.experts(tokens[n], expert) * weights[n, k, None])  # V3 Eq. 12
+            n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
+            y.index_add_(0, n, weights[n, k, None] * self.experts(tokens[n], expert))       # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
 
 
@@ -637,7 +624,7 @@ class Block(nn.Module):
         is_moe = cfg.moe and layer >= cfg.moe.n_dense_layers
         self.ffn = MoE(cfg, rt) if is_moe else MLP(cfg.inter_dim, cfg, rt)
 
-    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:  # [b, s, m]
+    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:      # [b, s, m]
         x = x + all_reduce(self.attn(self.attn_norm(x), step, cache), self.tp)
         return x + all_reduce(self.ffn(self.ffn_norm(x)), self.tp)
 
@@ -654,8 +641,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(cfg, rt)
         self.layers = nn.ModuleList(Block(layer, cfg, rt) for layer in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps, rt)
-        # The head stays out of FP8 and is cut along the vocabulary, like the embedding that it may be tied
-        # to.
+        # The head stays out of FP8 and is cut along the vocabulary, like the embedding it may be tied to.
         self.head = self.embed if cfg.tie_embeddings else Embedding(cfg, rt)
         freqs, self.rope_factor = rope_frequencies(cfg.rope, cfg.rope_dim)
         self.rope_freqs = freqs.to(rt.device)                                   # [r/2]
@@ -677,7 +663,7 @@ class Transformer(nn.Module):
 
     def _step(self, n_new: int, cache: Cache) -> Step:
         device, slots = cache.lengths.device, cache.layers[0][0].shape[1]
-        positions = cache.lengths[:, None] + torch.arange(n_new, device=device)  # [b, s]
+        positions = cache.lengths[:, None] + torch.arange(n_new, device=device)         # [b, s]
         mask = torch.arange(slots, device=device) <= positions[..., None]       # [b, s, t]
         angles = (positions[..., None].float() * self.rope_freqs)[:, :, None]   # [b, s, 1, r/2]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor

@@ -1,7 +1,7 @@
 """Small random checkpoints for the tests, written by transformers and read back through convert.py.
 
-HuggingFace's initialisation (std 0.02, zero biases) hides bugs: a wrong RoPE moves its logits by 4 %. Every tensor
-gets a useful scale here, and original context lengths are short, so that YaRN and llama3 scaling are exercised.
+HuggingFace's initialisation (std 0.02, zero biases) hides bugs: a wrong RoPE moves its logits by 4 %. Every
+tensor gets a useful scale here, and original context lengths are short, so that scaled RoPE is exercised.
 """
 import json
 from pathlib import Path
@@ -23,19 +23,20 @@ FP8_MODULES = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_pro
 
 
 def deepseek(**changes) -> DeepseekV3Config:
-    """A DeepSeek-V3 of 3 layers, the first one dense, whose every dimension is a multiple of 128 or a block."""
+    """A DeepSeek-V3 of 3 layers, the first one dense, which FP8 cuts into whole blocks."""
     settings = dict(
-        vocab_size=256, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=64, qk_rope_head_dim=64,
-        qk_nope_head_dim=64, v_head_dim=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
-        n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
+        vocab_size=256, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=64, qk_rope_head_dim=64,
+        qk_nope_head_dim=64, v_head_dim=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
+        topk_group=2, n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
         max_position_embeddings=2560, rope_theta=10000.0, rope_scaling=YARN)
     return DeepseekV3Config(**{**settings, **changes})
 
 
 def qwen2(**changes) -> Qwen2Config:
     settings = dict(vocab_size=256, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-                    num_attention_heads=6, num_key_value_heads=2, rope_theta=10000.0, tie_word_embeddings=False)
+                    num_attention_heads=6, num_key_value_heads=2, rope_theta=10000.0,
+                    tie_word_embeddings=False)
     return Qwen2Config(**{**settings, **changes})
 
 
@@ -67,7 +68,7 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def write(path: Path, config, seed: int = 0) -> PreTrainedModel:
-    """Save a random fp32 checkpoint of `config` in `path`; return HuggingFace's model, eager in all its parts."""
+    """Save a random fp32 checkpoint of `config` in `path`; return HuggingFace's model, all eager."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     if hasattr(config, "n_routed_experts"):
         model.set_experts_implementation("eager")

@@ -1,0 +1,444 @@
+"""Generate text with R1 or a distill: talk to it, or answer a file of prompts.
+
+    python generate.py --ckpt-path DIR --interactive
+    python generate.py --ckpt-path DIR --input-file prompts.jsonl --output-file out.jsonl
+    torchrun --nproc-per-node N generate.py ...         the same over N tensor-parallel ranks
+
+DIR is a HuggingFace folder or one that convert.py wrote. Defaults are R1's own advice: temperature 0.6, top-p
+0.95, no system prompt, and an answer that starts inside <think>.
+
+`generate` is the seam of the project: it turns prompts into a stream of events, and everything else consumes
+those.
+"""
+import argparse
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from chat import Chat, ReasoningParser, TextStream, Tokenizer, split_reasoning
+from convert import Checkpoint, load_model
+from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. R1's evaluation: temperature 0.6, top-p 0.95 (R1 README)."""
+    temperature: float = 0.6            # 0 takes the most likely token
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p is {self.top_p}; it must be over 0 and at most 1")
+
+
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """Draw one token per row: logits fp32 [b, vocab], uniforms float64 [b] from [0, 1) -> token ids int64
+    [b].
+
+    Nucleus sampling (arXiv 1904.09751): the most likely tokens whose mass reaches top_p, the one that crosses
+    the line included, are renormalised. One uniform number picks from their cumulative distribution, so a
+    row's token depends on that row alone.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, order = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    mass = probs.double().cumsum(dim=-1)                                       # [b, vocab], most likely first
+    kept = (mass - probs < sampling.top_p).sum(dim=-1, keepdim=True)            # [b, 1] tokens in the nucleus
+    target = uniforms[:, None] * mass.gather(1, kept - 1)
+    picked = (mass <= target).sum(dim=-1, keepdim=True).minimum(kept - 1)       # [b, 1]
+    return order.gather(1, picked)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. generate(): prompts in, events out
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one forward pass added to one prompt's completion."""
+    prompt: int                         # index of the prompt
+    tokens: tuple[int, ...]             # new tokens; the end token is not among them
+    logprobs: tuple[float, ...]         # of these tokens, under the model's own distribution (temperature 1)
+    finish_reason: str | None           # None: goes on. "stop": end token. "length": no room for more
+
+
+@dataclass
+class Row:
+    """A completion in progress: one row of the batch."""
+    prompt: int
+    length: int                         # tokens in its cache row
+    budget: int                         # tokens that it may still produce
+    rng: np.random.Generator            # its own stream, so its draws do not depend on its neighbours
+    token: int = 0                      # drawn, but not yet run through the model
+
+
+def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterable[int], max_new_tokens: int,
+             sampling: Sampling = Sampling(), n_tokens: int | None = None) -> Iterator[Event]:
+    """Complete every prompt (token ids), model.rt.rows of them at a time; a row that ends is refilled at
+    once.
+
+    Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
+    or when prompt and completion fill rt.max_seq_len. Ids from `n_tokens` on (padding of the embedding) are
+    never drawn. With several ranks, all call this with the same arguments; rank 0 draws and the others
+    follow, whatever their seed. ValueError before any work if a prompt is empty or leaves no room.
+    """
+    rt, stop_ids = model.rt, frozenset(stop_ids)
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < rt.max_seq_len:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {rt.max_seq_len - 1} fit, because "
+                             f"max_seq_len is {rt.max_seq_len} and the answer needs room")
+    cache, waiting, rows = Cache.allocate(model.cfg, rt), deque(enumerate(prompts)), []
+    while waiting or rows:
+        if waiting and len(rows) < rt.rows:
+            index, prompt = waiting.popleft()
+            budget = min(max_new_tokens, rt.max_seq_len - len(prompt))
+            rows.append(Row(index, len(prompt), budget, np.random.default_rng((sampling.seed, index))))
+            logits = prefill(model, prompt, cache.view(slice(len(rows) - 1, len(rows)), rt.max_seq_len))
+            advanced = rows[-1:]
+        else:
+            tokens = torch.tensor([[row.token] for row in rows], device=rt.device)  # [b, 1]
+            slots = max(row.length for row in rows) + 1
+            logits = model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]  # [b, vocab]
+            for row in rows:
+                row.length += 1
+            advanced = rows
+        tokens, logprobs = draw(logits, advanced, sampling, n_tokens, rt.tp)
+        finished = []
+        for row, token, logprob in zip(advanced, tokens, logprobs):
+            row.token, row.budget = token, row.budget - 1
+            reason = "stop" if token in stop_ids else "length" if row.budget == 0 else None
+            new = () if reason == "stop" else (token,)
+            yield Event(row.prompt, new, (logprob,)[:len(new)], reason)
+            if reason:
+                finished.append(row)
+        for row in finished:
+            drop_row(rows, row, cache)
+
+
+def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
+    """Run a prompt through an emptied cache of one row, a chunk at a time; logits [1, vocab] after its last
+    token.
+
+    Chunks bound the memory of activations and scores; each pass sees no more slots than are filled.
+    """
+    cache.lengths.zero_()
+    chunk, done = model.rt.prefill_chunk, 0
+    for piece in torch.tensor([prompt], device=model.rt.device).split(chunk, dim=1):  # [1, <= chunk]
+        done += piece.shape[1]
+        logits = model(piece, cache.view(slice(0, 1), done), last=1)
+    return logits[:, -1]
+
+
+def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | None,
+         tp: Shard) -> tuple[list[int], list[float]]:
+    """Rank 0 draws a token for each row of logits [b, vocab] and tells the others; tokens and
+    log-probabilities."""
+    logits = logits[:, :n_tokens]                                               # without the padding's ids
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    if tp.rank == 0:
+        uniforms = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
+        tokens = sample(logits, sampling, uniforms)
+    if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding difference
+        dist.broadcast(tokens, src=0, group=tp.group)
+    logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+    return tokens.tolist(), logprobs.tolist()
+
+
+def drop_row(rows: list[Row], row: Row, cache: Cache) -> None:
+    """Take a finished row out of the batch; the last row moves into the gap, so that rows 0 .. n-1 stay in
+    use."""
+    gap, last = rows.index(row), len(rows) - 1
+    if gap != last:
+        cache.copy_row(last, gap, rows[last].length)
+        rows[gap] = rows[last]
+    rows.pop()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Ranks
+
+
+@dataclass
+class Ranks:
+    """This process among those that torchrun started; without torchrun, the only one."""
+    tp: Shard
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo, for Python objects; waits for a user as long as it takes
+
+    @classmethod
+    def start(cls, device: str) -> "Ranks":
+        """Join the process group, NCCL on GPUs, gloo without. ValueError if a GPU is asked for and there is
+        none."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch finds no GPU here; accepted here: cpu, auto")
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if device == "cpu" or not torch.cuda.is_available():
+            place = torch.device("cpu")
+        else:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(place)
+        if size == 1:
+            return cls(Shard(), place)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(Shard(rank, size), place, dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+
+    def share(self, value):
+        """Rank 0's value, on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Command line
+
+
+@dataclass(frozen=True)
+class Job:
+    """What rank 0 worked out from the command line and tells the others before the weights are read."""
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    n_tokens: int                       # ids that the tokenizer knows
+    max_new_tokens: int
+    max_seq_len: int
+    rows: int = 1
+    prompts: list[list[int]] = field(default_factory=list)      # empty when interactive
+
+    def run(self, model: Transformer, prompts: list[list[int]]) -> Iterator[Event]:
+        return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens)
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Records with `prompt` or `messages`: JSON lines, or plain text with a prompt a line. Errors name the
+    line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    is_json = path.suffix == ".jsonl" or bool(lines) and lines[0].startswith("{")
+    records = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            raise ValueError(f"{where}: empty; each line is one prompt")
+        try:
+            record = json.loads(line) if is_json else {"prompt": line}
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+            raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
+        if "prompt" in record and not (isinstance(record["prompt"], str) and record["prompt"]):
+            raise ValueError(f"{where}: 'prompt' must be a text that is not empty")
+        if "messages" in record and not (isinstance(record["messages"], list) and record["messages"]):
+            raise ValueError(f"{where}: 'messages' must be a list that is not empty")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: holds no prompt")
+    return records
+
+
+def as_messages(record: dict) -> list[dict]:
+    return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+
+
+def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[dict]) -> Job:
+    """Encode the prompts and fix the lengths. ValueError, with the numbers, if something does not fit."""
+    tokenizer, prompts = chat.tokenizer, []
+    if tokenizer.n_tokens > cfg.vocab_size:
+        raise ValueError(f"the tokenizer in {args.ckpt_path} has {tokenizer.n_tokens} tokens, the model only "
+                         f"{cfg.vocab_size}: they do not belong together")
+    for number, record in enumerate(records, 1):
+        try:
+            prompts.append(chat.encode(as_messages(record)))
+        except ValueError as error:
+            raise ValueError(f"{args.input_file}, line {number}: {error}") from None
+    longest = max(map(len, prompts), default=0)
+    wanted = longest + args.max_new_tokens if prompts else args.max_new_tokens
+    max_seq_len = args.max_seq_len or min(wanted, cfg.context_len)
+    if max_seq_len > cfg.context_len:
+        raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= max_seq_len:
+            raise ValueError(f"{args.input_file}, line {number}: the prompt has {len(prompt)} tokens; with "
+                             f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4))
+    return Job(Sampling(args.temperature, args.top_p, seed), tokenizer.stop_ids, tokenizer.n_tokens,
+               args.max_new_tokens, max_seq_len, max(1, min(args.batch_size, len(prompts))), prompts)
+
+
+def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict], out: Path | None) -> None:
+    """Complete all prompts; rank 0 writes one JSON object a line, in input order, when all are done."""
+    tokens: list[list[int]] = [[] for _ in job.prompts]
+    reasons: list[str | None] = [None] * len(job.prompts)
+    with tqdm(total=len(job.prompts), desc="generate", unit="prompt", disable=chat is None) as bar:
+        for event in job.run(model, job.prompts):
+            tokens[event.prompt] += event.tokens
+            if event.finish_reason:
+                reasons[event.prompt] = event.finish_reason
+                bar.update()
+    if chat is None:                                                            # not rank 0
+        return
+    lines = []
+    for index, record in enumerate(records):
+        text = chat.tokenizer.decode(tokens[index])
+        thinking = chat.thinks(chat.render(as_messages(record)))
+        reasoning, answer, _ = split_reasoning(text, thinking)
+        given = {key: record[key] for key in ("prompt", "messages") if key in record}
+        result = {"index": index, **given, "text": text, "reasoning": reasoning, "answer": answer,
+                  "tokens": tokens[index], "finish_reason": reasons[index]}
+        lines.append(json.dumps(result, ensure_ascii=False))
+    if out is None:
+        print("\n".join(lines))
+    else:
+        part = out.with_name(out.name + ".part")
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(part, out)
+
+
+def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks) -> None:
+    """Chat until /exit or end of file. Rank 0 (which has `chat`) talks; the others follow its prompts."""
+    messages: list[dict] = []
+    while True:
+        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len) if chat else None)
+        if prompt is None:
+            return
+        events = job.run(model, [prompt])
+        if chat:
+            messages.append({"role": "assistant", "content": stream_answer(events, chat, messages)})
+        else:
+            deque(events, maxlen=0)
+
+
+def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] | None:
+    """Ask the user for the next message, append it, and return the whole conversation's ids; None to
+    leave."""
+    while True:
+        try:
+            line = input(">>> ").strip()
+        except EOFError:
+            print()
+            return None
+        if line == "/exit":
+            return None
+        if line == "/clear":
+            messages.clear()
+            print("(a new conversation)")
+        elif line.startswith("/"):
+            print(f"{line.split()[0]} is no command; there are /clear (new conversation) and /exit")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            prompt = chat.encode(messages)
+            if len(prompt) < max_seq_len:
+                return prompt
+            messages.pop()
+            print(f"({len(prompt)} tokens by now, and --max-seq-len is {max_seq_len}; /clear starts anew)")
+
+
+def stream_answer(events: Iterator[Event], chat: Chat, messages: list[dict]) -> str:
+    """Print a completion as it comes; return its answer, without the reasoning, for the history."""
+    thinking = chat.thinks(chat.render(messages))
+    stream, parser, answer, reason = TextStream(chat.tokenizer), ReasoningParser(thinking), "", None
+    print("<think>" if thinking else "", flush=True)
+    for event in events:
+        text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if event.finish_reason else "")
+        print(text, end="", flush=True)
+        pieces = parser.feed(text) + (parser.flush() if event.finish_reason else [])
+        answer += "".join(piece for kind, piece in pieces if kind == "answer")
+        reason = event.finish_reason
+    print("\n(stopped: no room for more tokens)" if reason == "length" else "", end="\n\n")
+    return answer
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Generate text with DeepSeek-R1 or one of its distills.")
+    parser.add_argument("--ckpt-path", type=Path, required=True, metavar="DIR",
+                        help="HuggingFace folder, or one that convert.py wrote")
+    parser.add_argument("--config", type=Path, help="config file, if DIR has none, such as config_671B.json")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--interactive", action="store_true", help="chat; /clear and /exit")
+    mode.add_argument("--input-file", type=Path, metavar="FILE",
+                      help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
+    parser.add_argument("--output-file", type=Path, metavar="FILE", help="JSON lines (default: standard output)")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts that run together (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32768, help="per answer (%(default)s)")
+    parser.add_argument("--max-seq-len", type=int, help="tokens of prompt and answer together (default: what is "
+                        "needed, within the model's context)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                        help="auto: float32 if the checkpoint is, else bfloat16")
+    parser.add_argument("--fp8", choices=["dequant", "gemm"], default="dequant", help="FP8 weights: multiply in "
+                        "--dtype, or quantise the activations, too (%(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "max_seq_len"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    return args
+
+
+def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dict]]:
+    """Everything that can go wrong before weights are read, in the order of its cost. Rank 0 only."""
+    if args.output_file and not args.output_file.absolute().parent.is_dir():
+        raise ValueError(f"--output-file {args.output_file}: there is no folder {args.output_file.parent}")
+    records = read_prompts(args.input_file) if args.input_file else []
+    checkpoint = Checkpoint(args.ckpt_path, args.config)
+    checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
+    chat = Chat(Tokenizer(args.ckpt_path))
+    job = plan_job(args, checkpoint.cfg, chat, records)
+    for note in checkpoint.notes:
+        print(note, file=sys.stderr)
+    return job, chat, records
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        ranks = Ranks.start(args.device)
+        job, chat, records = prepare(args, ranks) if ranks.tp.rank == 0 else (None, None, [])
+        job = ranks.share(job)
+        checkpoint = Checkpoint(args.ckpt_path, args.config)
+        auto = "float32" if checkpoint.cfg.dtype == "float32" else "bfloat16"
+        dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
+        rt = Runtime(device=ranks.device, dtype=dtype, fp8=args.fp8, tp=ranks.tp, rows=job.rows,
+                     max_seq_len=job.max_seq_len)
+        model = load_model(checkpoint, rt)
+    except (ValueError, OSError) as error:
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        return 2
+    if chat:
+        print(f"{rt.dtype} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a sequence, "
+              f"chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
+    try:
+        if args.interactive:
+            run_interactive(model, job, chat, ranks)
+        else:
+            run_batch(model, job, chat, records, args.output_file)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    finally:
+        if ranks.tp.size > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
