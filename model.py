@@ -482,7 +482,7 @@ class MLA(nn.Module):
         self.wo = Linear(self.heads * self.v, cfg.dim, cfg, rt)
         mscale = yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim)
         self.scale = (self.d + self.r) ** -0.5 * mscale ** 2                    # R1: 192^-1/2 * 1.874 = 0.135
-        # Products per head and slot of s queries: s * (2c + r) absorbed, c * (d + v) + s * (d + r + v) expanded
+        # Products per head and slot, s queries: s * (2c + r) absorbed, c * (d + v) + s * (d + r + v) expanded
         extra = (2 * self.c + self.r) - (self.d + self.r + self.v)
         break_even = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize
         self.absorb_up_to = break_even                                          # queries; R1: 170

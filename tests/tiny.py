@@ -26,9 +26,10 @@ def deepseek(**changes) -> DeepseekV3Config:
     """A DeepSeek-V3 of 3 layers, the first one dense, which FP8 cuts into whole blocks."""
     settings = dict(
         vocab_size=256, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=64, qk_rope_head_dim=64,
-        qk_nope_head_dim=64, v_head_dim=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
-        topk_group=2, n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=128, kv_lora_rank=64, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=64,
+        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, n_shared_experts=1,
+        first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
         max_position_embeddings=2560, rope_theta=10000.0, rope_scaling=YARN)
     return DeepseekV3Config(**{**settings, **changes})
 

@@ -1,0 +1,288 @@
+"""Text to tokens and back: the tokenizer, R1's conversation format, and reasoning told apart from the answer.
+
+A conversation is one flat string (no spaces between the parts; EOS is <｜end▁of▁sentence｜>):
+
+    <｜begin▁of▁sentence｜> system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question
+    <｜Assistant｜> <think>\n
+
+System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside an open
+<think>, so a completion is `reasoning</think>\n\nanswer EOS`, with no opening tag. Each marker is one token, with
+bars U+FF5C and blanks U+2581; markers that a user types are not escaped, here as in R1's own template.
+"""
+import json
+import re
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import tokenizers
+
+USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+TOOLS = [f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep",
+                                         "outputs▁begin", "outputs▁end", "output▁begin", "output▁end")]
+CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP, OUTPUTS_BEGIN, OUTPUTS_END, OUT_BEGIN, OUT_END = TOOLS
+
+
+class Tokenizer:
+    """Text <-> ids, and what a checkpoint's own files say about its tokens.
+
+    Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 but renamed
+    special tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has no
+    tokenizer, ValueError naming a file that cannot be read.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        found = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model")
+        self._json = self._pieces = None            # one of the two libraries; sentencepiece for older Llamas
+        _read(folder / found[0], self._open_json if found[0] == "tokenizer.json" else self._open_sentencepiece)
+        config = _read(folder / "tokenizer_config.json", _json_object)
+        self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
+        stop = _read(folder / "generation_config.json", _json_object).get("eos_token_id")
+        stop = stop if isinstance(stop, list) else [stop]
+        self.stop_ids = frozenset([*stop, self.eos and self.token_id(self.eos)]) - {None}
+        template = config.get("chat_template")
+        if isinstance(template, list):              # several templates, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        path = folder / "chat_template.jinja"       # a file of its own since 2025
+        self.chat_template = path.read_text(encoding="utf-8") if path.is_file() else template
+
+    def _open_json(self, path):
+        self._json = tokenizers.Tokenizer.from_file(str(path))
+        self._json.no_truncation()                  # some files carry training settings; a prompt is never cut
+        self._json.no_padding()
+        self.n_tokens = max(self._json.get_vocab().values()) + 1    # R1: 128,815 of 129,280 logit rows
+        self.special_ids = {i for i, token in self._json.get_added_tokens_decoder().items() if token.special}
+
+    def _open_sentencepiece(self, path):
+        import sentencepiece
+        self._pieces = pieces = sentencepiece.SentencePieceProcessor()
+        pieces.Load(str(path))
+        self.n_tokens = pieces.get_piece_size()
+        self.special_ids = {i for i in range(self.n_tokens) if pieces.is_control(i) or pieces.is_unknown(i)}
+        self._special = re.compile(f"({'|'.join(re.escape(pieces.id_to_piece(i)) for i in self.special_ids)})")
+
+    def _named(self, config, key):
+        token = config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
+        if token is not None and self.token_id(token) is None:
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {key} {token!r} is not in the vocabulary")
+        return token
+
+    def token_id(self, token):
+        """Id of a string that is one token, else None."""
+        if self._json:
+            return self._json.token_to_id(token)
+        i = self._pieces.piece_to_id(token)         # sentencepiece answers "unknown" for what it does not have
+        return i if self._pieces.id_to_piece(i) == token else None
+
+    def encode(self, text):
+        """Ids of `text`. Adds no BOS or EOS; a special token's string in the text becomes its id."""
+        if self._json:                              # a distill's file would prepend BOS, R1's would not: switched off
+            return self._json.encode(text, add_special_tokens=False).ids
+        ids = []                                    # sentencepiece never makes <s> out of text: cut out, looked up
+        for part in self._special.split(text):
+            ids += [self.token_id(part)] if self._special.fullmatch(part) else self._pieces.encode(part)
+        return ids
+
+    def decode(self, ids):
+        """Text of `ids` without special tokens. <think> and <｜User｜> are not special in R1's files: they stay."""
+        ids = [i for i in ids if i not in self.special_ids]
+        return self._json.decode(ids, skip_special_tokens=False) if self._json else self._pieces.decode(ids)
+
+
+def _read(path, parse):
+    try:
+        return parse(path)
+    except Exception as error:                      # both libraries raise bare exceptions that name no file
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def _json_object(path):
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+class Chat:
+    """The conversation format of one checkpoint.
+
+    Most chat bugs live in templates: two BOS, no <think>, old reasoning fed back. So the format of R1 and its
+    distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens (style
+    "r1", "distill"). Another checkpoint's prompts come from its own template ("jinja"). Neither: ValueError.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, has = tokenizer, lambda tokens: all(tokenizer.token_id(t) is not None for t in tokens)
+        if has([USER, ASSISTANT, THINK]) and tokenizer.bos and tokenizer.eos:
+            self.style = "r1" if has(TOOLS) else "distill"
+        elif tokenizer.chat_template:
+            self.style = "jinja"
+        else:
+            raise ValueError(f"{tokenizer.folder}: unknown conversation format: no chat template, and not R1's "
+                             f"tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token and an eos_token)")
+
+    def render(self, messages, add_generation_prompt=True):
+        """The prompt as text. Messages are {"role": ..., "content": ...}; ValueError names what is malformed."""
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
+                raise ValueError(f"messages[{i}].role: expected a dict with role system, user, assistant or tool")
+            calls = message["role"] == "assistant" and message.get("tool_calls")
+            if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
+                raise ValueError(f"messages[{i}].content: expected a string (null only beside tool_calls)")
+        return (self._jinja if self.style == "jinja" else self._r1)(messages, add_generation_prompt)
+
+    def encode(self, messages):
+        """Ids of the prompt for the next answer. R1: exactly one BOS, in front. Other templates: what they write
+        (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
+        ids = self.tokenizer.encode(self.render(messages))
+        bos = self.tokenizer.bos and self.tokenizer.token_id(self.tokenizer.bos)
+        if (ids[:2] == [bos, bos]) if self.style == "jinja" else (ids[:1] != [bos] or ids.count(bos) > 1):
+            raise ValueError(f"a prompt has one {self.tokenizer.bos}, in front; this one has {ids.count(bos)}")
+        return ids
+
+    def thinks(self, prompt_text):
+        """Whether a rendered prompt ends inside an open <think>: then the completion begins as reasoning."""
+        return prompt_text.rstrip().endswith(THINK)
+
+    def _r1(self, messages, add_generation_prompt):
+        r1, eos = self.style == "r1", self.tokenizer.eos
+        # System text goes in front from wherever it stands. R1 joins several, the distills keep the last.
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        text = self.tokenizer.bos + ("\n\n".join(system) if r1 else "".join(system[-1:]))
+        called = returned = False                   # never reset, so a second round of tools has no opening marker
+        in_outputs = False                          # inside a list of tool outputs
+        for i, message in enumerate(messages):
+            role, content = message["role"], message.get("content")
+            if role == "user":
+                text += USER + content              # verbatim, with no end marker
+            elif role == "tool":
+                text += OUTPUTS_BEGIN if not returned else "" if r1 else "\n"
+                text += OUT_BEGIN + content + OUT_END
+                returned = True
+            elif role == "assistant" and (message.get("tool_calls") if r1 else content is None):
+                text += self._calls(f"messages[{i}].tool_calls", content or "", message["tool_calls"], called)
+                called = True
+            elif role == "assistant" and in_outputs:
+                text += OUTPUTS_END + content + eos     # the answer to tool outputs has no marker of its own
+            elif role == "assistant":               # history keeps answers, never reasoning: cut to the last </think>
+                text += ASSISTANT + content.rpartition(END_THINK)[2] + eos
+            in_outputs = role == "tool" or in_outputs and role == "system"
+        if in_outputs:
+            return text + OUTPUTS_END               # the model answers right here, without <think>
+        # <think> is forced since February 2025: given the choice, the model sometimes skipped its reasoning.
+        return text + ASSISTANT + THINK + "\n" if add_generation_prompt else text
+
+    def _calls(self, where, content, calls, called):
+        text, end = "", CALLS_END + self.tokenizer.eos
+        for call in calls:
+            try:
+                head = CALL_BEGIN + call["type"] + SEP + call["function"]["name"]
+                body = "\n```json\n" + call["function"]["arguments"] + "\n```" + CALL_END
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{where}: expected string type, function.name, function.arguments") from error
+            text += ("\n" if called else ASSISTANT + content + CALLS_BEGIN) + head + body
+            if called and self.style == "distill":
+                text += end                         # odd: a distill's template leaves its first call open
+            called = True
+        return text + end if self.style == "r1" else text
+
+    def _jinja(self, messages, add_generation_prompt):
+        import jinja2.sandbox                       # sandboxed: a template is somebody else's code
+
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja2's own escapes HTML
+        env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: f"{datetime.now():{form}}")
+        tokens = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
+        tokens = {name: token for name, token in tokens.items() if token}   # undefined prints "", None "None"
+        try:
+            return env.from_string(self.tokenizer.chat_template).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+class TextStream:
+    """Ids to text, one token at a time; together the pieces are the text of Tokenizer.decode.
+
+    Byte-level BPE splits a Chinese character or an emoji over several tokens, and each alone prints U+FFFD. Decoding
+    all tokens again at every step is right but quadratic (5e8 token decodes for 32k tokens). So only what is held
+    back is decoded, and with it the tokens released last: sentencepiece writes a word's leading space only if
+    something stands before it.
+    """
+    LONGEST = 32                                    # tokens held back at most; only broken UTF-8 gets there
+
+    def __init__(self, tokenizer):
+        self.decode, self.special_ids = tokenizer.decode, tokenizer.special_ids
+        self.context, self.held = [], []
+
+    def feed(self, token):
+        """The text that this token completes, "" in the middle of a character."""
+        if token in self.special_ids:
+            return ""
+        self.held.append(token)
+        broken = self.decode(self.context + self.held).endswith("\ufffd") and len(self.held) < self.LONGEST
+        return "" if broken else self.flush()
+
+    def flush(self):
+        """What is held back; an incomplete character becomes U+FFFD."""
+        text = self.decode(self.context + self.held)[len(self.decode(self.context)):]
+        keep = self.held if self.decode(self.held) else self.context + self.held    # context must show as text
+        self.context, self.held = keep[-self.LONGEST:], []
+        return text
+
+
+class ReasoningParser:
+    """Splits a completion, arriving in any pieces, into reasoning and answer: first one state, then the other.
+
+    R1's prompt has already opened <think> (`thinking`), so reasoning runs from the first character to the first
+    </think>. Models still write the opening tag at times; it is dropped. Without an open <think> all is answer unless
+    the text begins with that tag. A tag may be cut anywhere, so what could be the start of one is held back. Newlines
+    in front of either part belong to neither.
+    """
+
+    def __init__(self, thinking):
+        self.part = "reasoning" if thinking else "answer"
+        self.held = ""
+        self.opening = self.blank = True            # may <think> still come; is this part empty so far
+
+    def feed(self, text):
+        """Pieces ("reasoning" | "answer", text) that are certain now."""
+        self.held += text
+        if self.opening:
+            start = self.held.lstrip()
+            if start != THINK and THINK.startswith(start):
+                return []
+            if start.startswith(THINK):
+                self.part, self.held = "reasoning", start[len(THINK):]
+            self.opening = False
+        if self.part == "answer":
+            return self.flush()
+        reasoning, tag, answer = self.held.partition(END_THINK)
+        if not tag:
+            possible = max(n for n in range(len(END_THINK)) if reasoning.endswith(END_THINK[:n]))
+            return self._release(len(reasoning) - possible)
+        pieces = self._release(len(reasoning))
+        self.part, self.held, self.blank = "answer", answer, True
+        return pieces + self.flush()
+
+    def flush(self):
+        """The end of the stream: what was held back was no tag."""
+        return self._release(len(self.held))
+
+    def _release(self, n):
+        text, self.held = self.held[:n], self.held[n:]
+        text = text.lstrip("\n") if self.blank else text
+        self.blank = self.blank and not text
+        return [(self.part, text)] if text else []
+
+
+def split_reasoning(text, thinking):
+    """(reasoning, answer, finished_thinking) of a whole completion; `thinking` as in ReasoningParser."""
+    parser = ReasoningParser(thinking)
+    pieces = parser.feed(text) + parser.flush()
+    reasoning, answer = ("".join(text for part, text in pieces if part == p) for p in ("reasoning", "answer"))
+    return reasoning.strip(), answer, parser.part == "answer"
