@@ -1,13 +1,12 @@
 """Text to tokens and back: the tokenizer, R1's conversation format, and reasoning told apart from the answer.
 
-A conversation is one flat string (no spaces between the parts; EOS is <｜end▁of▁sentence｜>):
+A conversation is one flat string (BOS and EOS are <｜begin▁of▁sentence｜> and <｜end▁of▁sentence｜>, no spaces):
 
-    <｜begin▁of▁sentence｜> system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question
-    <｜Assistant｜> <think>\n
+    BOS system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question <｜Assistant｜> <think> newline
 
-System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside an open
-<think>, so a completion is `reasoning</think>\n\nanswer EOS`, with no opening tag. Each marker is one token, with
-bars U+FF5C and blanks U+2581; markers that a user types are not escaped, here as in R1's own template.
+System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside an
+open <think>, so a completion is `reasoning </think> answer EOS`, with no opening tag. Each marker is one token,
+spelt with U+FF5C bars and U+2581 blanks; one that a user types is not escaped, here as in R1's own template.
 """
 import json
 import re
@@ -27,7 +26,7 @@ class Tokenizer:
     """Text <-> ids, and what a checkpoint's own files say about its tokens.
 
     Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 but renamed
-    special tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has no
+    tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has no
     tokenizer, ValueError naming a file that cannot be read.
     """
 
@@ -35,9 +34,9 @@ class Tokenizer:
         self.folder = folder = Path(folder)
         found = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model")
-        self._json = self._pieces = None            # one of the two libraries; sentencepiece for older Llamas
-        _read(folder / found[0], self._open_json if found[0] == "tokenizer.json" else self._open_sentencepiece)
+            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is here")
+        self._json = self._pieces = None            # one of two libraries; sentencepiece is for older Llamas
+        _read(folder / found[0], self._open_json if "json" in found[0] else self._open_sentencepiece)
         config = _read(folder / "tokenizer_config.json", _json_object)
         self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
         stop = _read(folder / "generation_config.json", _json_object).get("eos_token_id")
@@ -54,20 +53,21 @@ class Tokenizer:
         self._json.no_truncation()                  # some files carry training settings; a prompt is never cut
         self._json.no_padding()
         self.n_tokens = max(self._json.get_vocab().values()) + 1    # R1: 128,815 of 129,280 logit rows
-        self.special_ids = {i for i, token in self._json.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = {i for i, t in self._json.get_added_tokens_decoder().items() if t.special}
 
     def _open_sentencepiece(self, path):
         import sentencepiece
         self._pieces = pieces = sentencepiece.SentencePieceProcessor()
         pieces.Load(str(path))
-        self.n_tokens = pieces.get_piece_size()
-        self.special_ids = {i for i in range(self.n_tokens) if pieces.is_control(i) or pieces.is_unknown(i)}
-        self._special = re.compile(f"({'|'.join(re.escape(pieces.id_to_piece(i)) for i in self.special_ids)})")
+        self.n_tokens = len(pieces)
+        self.special_ids = {i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)}
+        names = [re.escape(pieces.id_to_piece(i)) for i in self.special_ids]
+        self._special = re.compile(f"({'|'.join(names)})")
 
     def _named(self, config, key):
         token = config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
         if token is not None and self.token_id(token) is None:
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {key} {token!r} is not in the vocabulary")
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {key} {token!r} is not a token")
         return token
 
     def token_id(self, token):
@@ -79,23 +79,23 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of `text`. Adds no BOS or EOS; a special token's string in the text becomes its id."""
-        if self._json:                              # a distill's file would prepend BOS, R1's would not: switched off
+        if self._json:                              # a distill's file would add BOS, R1's would not: switched off
             return self._json.encode(text, add_special_tokens=False).ids
-        ids = []                                    # sentencepiece never makes <s> out of text: cut out, looked up
+        ids = []                                    # sentencepiece never reads <s> as its token: cut it out
         for part in self._special.split(text):
             ids += [self.token_id(part)] if self._special.fullmatch(part) else self._pieces.encode(part)
         return ids
 
     def decode(self, ids):
-        """Text of `ids` without special tokens. <think> and <｜User｜> are not special in R1's files: they stay."""
-        ids = [i for i in ids if i not in self.special_ids]
-        return self._json.decode(ids, skip_special_tokens=False) if self._json else self._pieces.decode(ids)
+        """Text of `ids` without special tokens. R1's files do not call <think> or <｜User｜> special: they stay."""
+        backend = self._json or self._pieces
+        return backend.decode([i for i in ids if i not in self.special_ids])
 
 
 def _read(path, parse):
     try:
         return parse(path)
-    except Exception as error:                      # both libraries raise bare exceptions that name no file
+    except Exception as error:                      # the libraries' own errors name no file
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
@@ -118,30 +118,32 @@ class Chat:
         elif tokenizer.chat_template:
             self.style = "jinja"
         else:
-            raise ValueError(f"{tokenizer.folder}: unknown conversation format: no chat template, and not R1's "
-                             f"tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token and an eos_token)")
+            raise ValueError(f"{tokenizer.folder}: unknown conversation format: neither a chat template nor "
+                             f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token)")
 
     def render(self, messages, add_generation_prompt=True):
-        """The prompt as text. Messages are {"role": ..., "content": ...}; ValueError names what is malformed."""
+        """The prompt as text. Messages are dicts with role and content; ValueError names what is malformed."""
         for i, message in enumerate(messages):
-            if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-                raise ValueError(f"messages[{i}].role: expected a dict with role system, user, assistant or tool")
-            calls = message["role"] == "assistant" and message.get("tool_calls")
-            if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
-                raise ValueError(f"messages[{i}].content: expected a string (null only beside tool_calls)")
+            role = message.get("role") if isinstance(message, dict) else None
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ValueError(f"messages[{i}]: expected a dict with role system, user, assistant or tool")
+            null = message.get("content") is None and role == "assistant" and message.get("tool_calls")
+            if not isinstance(message.get("content"), str) and not null:
+                raise ValueError(f"messages[{i}].content: expected a string (null only with tool_calls)")
         return (self._jinja if self.style == "jinja" else self._r1)(messages, add_generation_prompt)
 
     def encode(self, messages):
-        """Ids of the prompt for the next answer. R1: exactly one BOS, in front. Other templates: what they write
-        (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
+        """Ids of the prompt for the next answer. R1: exactly one BOS, in front. Other templates: what they
+        write (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
         ids = self.tokenizer.encode(self.render(messages))
         bos = self.tokenizer.bos and self.tokenizer.token_id(self.tokenizer.bos)
-        if (ids[:2] == [bos, bos]) if self.style == "jinja" else (ids[:1] != [bos] or ids.count(bos) > 1):
-            raise ValueError(f"a prompt has one {self.tokenizer.bos}, in front; this one has {ids.count(bos)}")
+        doubled = ids[:2] == [bos, bos] if self.style == "jinja" else ids.count(bos) != 1 or ids[0] != bos
+        if doubled:
+            raise ValueError(f"a prompt has one {self.tokenizer.bos}, in front; here are {ids.count(bos)}")
         return ids
 
     def thinks(self, prompt_text):
-        """Whether a rendered prompt ends inside an open <think>: then the completion begins as reasoning."""
+        """Whether a rendered prompt ends with an open <think>, so that the completion begins as reasoning."""
         return prompt_text.rstrip().endswith(THINK)
 
     def _r1(self, messages, add_generation_prompt):
@@ -164,7 +166,7 @@ class Chat:
                 called = True
             elif role == "assistant" and in_outputs:
                 text += OUTPUTS_END + content + eos     # the answer to tool outputs has no marker of its own
-            elif role == "assistant":               # history keeps answers, never reasoning: cut to the last </think>
+            elif role == "assistant":               # history keeps answers, never the reasoning before </think>
                 text += ASSISTANT + content.rpartition(END_THINK)[2] + eos
             in_outputs = role == "tool" or in_outputs and role == "system"
         if in_outputs:
@@ -195,12 +197,14 @@ class Chat:
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                            extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja2's own escapes HTML
-        env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: f"{datetime.now():{form}}")
+        env.globals["raise_exception"] = raise_exception
+        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         tokens = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
         tokens = {name: token for name, token in tokens.items() if token}   # undefined prints "", None "None"
         try:
             return env.from_string(self.tokenizer.chat_template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens)
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                **tokens)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 

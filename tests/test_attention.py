@@ -1,0 +1,130 @@
+"""Claim: however the tokens get there, the model computes one function.
+
+Absorbed or expanded attention (V2 section 2.1.2), in one piece, in chunks or token by token, alone or beside rows at
+other positions, in a short cache or a long one: the logits are the same. Tolerance as in test_model_vs_hf.py: 1e-5 of
+the logit scale in fp32, since only the order of summation differs.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from model import Cache, Config, Runtime
+
+ROOT = Path(__file__).parent.parent
+TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module", params=[tiny.deepseek, tiny.llama], ids=["mla", "gqa"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    tiny.write(path, request.param())
+    return tiny.load(path, rows=4)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() <= 1e-5 * b.std().clamp(min=1)
+
+
+def test_absorbed_equals_expanded(tmp_path):
+    tiny.write(tmp_path, tiny.deepseek(kv_lora_rank=512))
+    model = tiny.load(tmp_path)
+    outputs = []
+    for limit in (0, 1000):
+        for layer in model.layers:
+            layer.attn.absorb_up_to = limit
+        outputs.append(tiny.logits(model, TOKENS[:2], [100, 1, 19]))
+    assert not torch.equal(*outputs)        # two orders of evaluation, not one under two names
+    assert_same(*outputs)
+
+
+def test_chunks_and_single_tokens_equal_one_pass(model):
+    whole = tiny.logits(model, TOKENS)
+    assert_same(tiny.logits(model, TOKENS, [1] * 120), whole)
+    assert_same(tiny.logits(model, TOKENS, [7, 50, 1, 62]), whole)
+
+
+def test_only_the_last_logits_are_computed_on_request(model):
+    cache = Cache.allocate(model.cfg, model.rt).view(slice(0, 3), 120)
+    assert_same(model(TOKENS, cache, last=2), tiny.logits(model, TOKENS)[:, -2:])
+
+
+def test_rows_at_different_positions_step_together_as_each_would_alone(model):
+    cache = Cache.allocate(model.cfg, model.rt)
+    starts = [90, 3, 41]
+    for row, start in enumerate(starts):
+        model(TOKENS[row:row + 1, :start], cache.view(slice(row, row + 1), start))
+    assert cache.lengths.tolist() == [90, 3, 41, 0]
+    new = torch.stack([TOKENS[row, start:start + 5] for row, start in enumerate(starts)])
+    together = torch.cat([model(new[:, i:i + 1], cache.view(slice(0, 3), 91 + i)) for i in range(5)], dim=1)
+    for row, start in enumerate(starts):
+        alone = tiny.logits(model, TOKENS[row:row + 1, :start + 5])[0, start:]
+        assert_same(together[row], alone)
+
+
+def test_a_copied_row_goes_on_like_its_source_and_leaves_it_alone(model):
+    cache = Cache.allocate(model.cfg, model.rt)
+    model(TOKENS[:1, :60], cache.view(slice(2, 3), 60))
+    cache.copy_row(2, 0, 60)
+    cache.copy_row(2, 1, 33)                    # cloned up to an earlier token
+    new = torch.stack([TOKENS[0, 60:64], TOKENS[0, 33:37], TOKENS[1, :4]])
+    together = model(new, cache.view(slice(0, 3), 64))
+    assert_same(together[0], tiny.logits(model, TOKENS[:1, :64])[0, 60:])
+    assert_same(together[1], tiny.logits(model, TOKENS[:1, :37])[0, 33:])
+    other = torch.cat([TOKENS[:1, :60], TOKENS[1:2, :4]], dim=1)
+    assert_same(together[2], tiny.logits(model, other)[0, 60:])
+
+
+def test_what_lies_behind_the_end_of_a_row_changes_nothing(model):
+    outputs = []
+    for garbage, slots in ((0.0, 120), (0.0, 256), (1e4, 120), (1e4, 256)):
+        cache = Cache.allocate(model.cfg, model.rt)
+        for layer in cache.layers:
+            for buffer in layer:
+                buffer.fill_(garbage)
+        outputs.append(model(TOKENS, cache.view(slice(0, 3), slots)))
+    for output in outputs[1:]:
+        assert_same(output, outputs[0])
+
+
+def test_two_tokens_at_once_can_be_taken_back(model):
+    # The shape of a speculative step: run a drafted token along, reject it, go on with another.
+    cache = Cache.allocate(model.cfg, model.rt).view(slice(0, 3), 100)
+    model(TOKENS[:, :50], cache)
+    drafted = torch.cat([TOKENS[:, 50:51], TOKENS[:, 90:91]], dim=1)
+    assert_same(model(drafted, cache)[:, :1], tiny.logits(model, TOKENS)[:, 50:51])
+    cache.lengths -= 1
+    assert_same(model(TOKENS[:, 51:60], cache), tiny.logits(model, TOKENS)[:, 51:60])
+
+
+@pytest.mark.parametrize("name, n_bytes", [
+    ("config_671B.json", 70_272), ("configs/distill_qwen_1.5b.json", 28_672), ("configs/distill_qwen_7b.json", 57_344),
+    ("configs/distill_qwen_14b.json", 196_608), ("configs/distill_qwen_32b.json", 262_144),
+    ("configs/distill_llama_8b.json", 131_072), ("configs/distill_llama_70b.json", 327_680)])
+def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
+    cfg = Config.from_json(ROOT / name)
+    assert Cache.allocate(cfg, Runtime(max_seq_len=2)).bytes_per_token() == n_bytes
+
+
+def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
+    cfg = Config.from_json(ROOT / "configs/distill_llama_70b.json")
+    before = resident()
+    cache = Cache.allocate(cfg, Runtime(max_seq_len=32_768))                        # 10.7 GB
+    assert cache.bytes_per_token() * 32_768 > 10e9
+    assert resident() - before < 100e6
+
+
+def resident() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs Linux' /proc to measure resident memory")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def test_absorbed_form_is_used_up_to_the_break_even_point_of_r1():
+    from model import MLA
+    cfg = replace(Config.from_json(ROOT / "config_671B.json"), n_layers=1)
+    assert MLA(cfg, Runtime()).absorb_up_to == 170
