@@ -5,8 +5,8 @@ A conversation is one flat string (BOS and EOS are <｜begin▁of▁sentence｜>
     BOS system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question <｜Assistant｜> <think> newline
 
 System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside an
-open <think>, so a completion is `reasoning </think> answer EOS`, with no opening tag. Each marker is one token,
-spelt with U+FF5C bars and U+2581 blanks; one that a user types is not escaped, here as in R1's own template.
+open <think>, so a completion is `reasoning </think> answer EOS`: no opening tag. Each marker is one token, its
+bars U+FF5C and its blanks U+2581. One that a user types is not escaped, here as in R1's own template.
 """
 import json
 import re
@@ -25,9 +25,9 @@ CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP, OUTPUTS_BEGIN, OUTPUTS_END, O
 class Tokenizer:
     """Text <-> ids, and what a checkpoint's own files say about its tokens.
 
-    Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 but renamed
-    tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has no
-    tokenizer, ValueError naming a file that cannot be read.
+    Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 and renamed
+    some tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has
+    no tokenizer, ValueError naming a file that cannot be read.
     """
 
     def __init__(self, folder):
@@ -50,7 +50,7 @@ class Tokenizer:
 
     def _open_json(self, path):
         self._json = tokenizers.Tokenizer.from_file(str(path))
-        self._json.no_truncation()                  # some files carry training settings; a prompt is never cut
+        self._json.no_truncation()                  # a file may carry training settings; prompts are never cut
         self._json.no_padding()
         self.n_tokens = max(self._json.get_vocab().values()) + 1    # R1: 128,815 of 129,280 logit rows
         self.special_ids = {i for i, t in self._json.get_added_tokens_decoder().items() if t.special}
@@ -74,12 +74,12 @@ class Tokenizer:
         """Id of a string that is one token, else None."""
         if self._json:
             return self._json.token_to_id(token)
-        i = self._pieces.piece_to_id(token)         # sentencepiece answers "unknown" for what it does not have
+        i = self._pieces.piece_to_id(token)         # what sentencepiece does not have, it calls unknown
         return i if self._pieces.id_to_piece(i) == token else None
 
     def encode(self, text):
         """Ids of `text`. Adds no BOS or EOS; a special token's string in the text becomes its id."""
-        if self._json:                              # a distill's file would add BOS, R1's would not: switched off
+        if self._json:                              # a distill's file would add BOS, R1's not: keep it off
             return self._json.encode(text, add_special_tokens=False).ids
         ids = []                                    # sentencepiece never reads <s> as its token: cut it out
         for part in self._special.split(text):
@@ -87,7 +87,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Text of `ids` without special tokens. R1's files do not call <think> or <｜User｜> special: they stay."""
+        """Text of `ids` without special tokens. <think> and <｜User｜> are not special in R1's files: they stay."""
         backend = self._json or self._pieces
         return backend.decode([i for i in ids if i not in self.special_ids])
 
@@ -107,8 +107,8 @@ class Chat:
     """The conversation format of one checkpoint.
 
     Most chat bugs live in templates: two BOS, no <think>, old reasoning fed back. So the format of R1 and its
-    distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens (style
-    "r1", "distill"). Another checkpoint's prompts come from its own template ("jinja"). Neither: ValueError.
+    distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens:
+    style "r1" or "distill". Another checkpoint is rendered by its own template, "jinja". Neither: ValueError.
     """
 
     def __init__(self, tokenizer):
@@ -122,7 +122,7 @@ class Chat:
                              f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token)")
 
     def render(self, messages, add_generation_prompt=True):
-        """The prompt as text. Messages are dicts with role and content; ValueError names what is malformed."""
+        """The prompt as text. ValueError names a malformed message and its field."""
         for i, message in enumerate(messages):
             role = message.get("role") if isinstance(message, dict) else None
             if role not in ("system", "user", "assistant", "tool"):
@@ -151,7 +151,7 @@ class Chat:
         # System text goes in front from wherever it stands. R1 joins several, the distills keep the last.
         system = [message["content"] for message in messages if message["role"] == "system"]
         text = self.tokenizer.bos + ("\n\n".join(system) if r1 else "".join(system[-1:]))
-        called = returned = False                   # never reset, so a second round of tools has no opening marker
+        called = returned = False                   # never reset: a second round of tools has no opening marker
         in_outputs = False                          # inside a list of tool outputs
         for i, message in enumerate(messages):
             role, content = message["role"], message.get("content")
@@ -166,7 +166,7 @@ class Chat:
                 called = True
             elif role == "assistant" and in_outputs:
                 text += OUTPUTS_END + content + eos     # the answer to tool outputs has no marker of its own
-            elif role == "assistant":               # history keeps answers, never the reasoning before </think>
+            elif role == "assistant":               # history keeps the answer, never the reasoning
                 text += ASSISTANT + content.rpartition(END_THINK)[2] + eos
             in_outputs = role == "tool" or in_outputs and role == "system"
         if in_outputs:
@@ -181,7 +181,7 @@ class Chat:
                 head = CALL_BEGIN + call["type"] + SEP + call["function"]["name"]
                 body = "\n```json\n" + call["function"]["arguments"] + "\n```" + CALL_END
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{where}: expected string type, function.name, function.arguments") from error
+                raise ValueError(f"{where}: type, function.name, function.arguments are strings") from error
             text += ("\n" if called else ASSISTANT + content + CALLS_BEGIN) + head + body
             if called and self.style == "distill":
                 text += end                         # odd: a distill's template leaves its first call open
@@ -212,10 +212,10 @@ class Chat:
 class TextStream:
     """Ids to text, one token at a time; together the pieces are the text of Tokenizer.decode.
 
-    Byte-level BPE splits a Chinese character or an emoji over several tokens, and each alone prints U+FFFD. Decoding
-    all tokens again at every step is right but quadratic (5e8 token decodes for 32k tokens). So only what is held
-    back is decoded, and with it the tokens released last: sentencepiece writes a word's leading space only if
-    something stands before it.
+    Byte-level BPE splits a Chinese character or an emoji over several tokens, each of which alone prints U+FFFD.
+    Decoding all tokens again at every step is right but quadratic (5e8 token decodes for 32k tokens), so only
+    those held back are decoded, together with those released last: whether sentencepiece begins a word with
+    a space depends on what stands before it.
     """
     LONGEST = 32                                    # tokens held back at most; only broken UTF-8 gets there
 
@@ -234,18 +234,17 @@ class TextStream:
     def flush(self):
         """What is held back; an incomplete character becomes U+FFFD."""
         text = self.decode(self.context + self.held)[len(self.decode(self.context)):]
-        keep = self.held if self.decode(self.held) else self.context + self.held    # context must show as text
+        keep = self.held if self.decode(self.held) else self.context + self.held   # must show as text
         self.context, self.held = keep[-self.LONGEST:], []
         return text
 
 
 class ReasoningParser:
-    """Splits a completion, arriving in any pieces, into reasoning and answer: first one state, then the other.
+    """Splits a completion, in whatever pieces it arrives, into reasoning and answer.
 
-    R1's prompt has already opened <think> (`thinking`), so reasoning runs from the first character to the first
-    </think>. Models still write the opening tag at times; it is dropped. Without an open <think> all is answer unless
-    the text begins with that tag. A tag may be cut anywhere, so what could be the start of one is held back. Newlines
-    in front of either part belong to neither.
+    R1's prompt has opened <think> (`thinking`), so all up to the first </think> is reasoning, the rest answer; an
+    opening tag that the model writes all the same is dropped. Without an open <think> all is answer, unless the
+    text begins with the tag. What may be the start of a tag is held back. Newlines before either part are dropped.
     """
 
     def __init__(self, thinking):

@@ -20,8 +20,11 @@ import re
 import shutil
 import struct
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernel
-from model import DTYPES, Config, GQAConfig, MLAConfig, MoEConfig, RopeConfig, Runtime, Shard, Transformer
+from model import DTYPES, Config, Runtime, Shard, Transformer
 
 # Ours (the paper's symbol), HuggingFace's, and the axis of [out, in] that ranks cut: 0 outputs, 1 inputs,
 # None neither.
@@ -73,15 +76,31 @@ HIGH_PRECISION = {torch.float32, torch.bfloat16, torch.float16}
 # ------------------------------------------------------------------------------------------------------------
 # 1. Config: HuggingFace's config.json -> ours
 
-# Keys of a HuggingFace config that do not change what the model computes at inference, or only repeat others.
-IGNORED = set("""architectures model_type auto_map transformers_version _name_or_path _model_name_or_path
-use_cache
+# Ours: HuggingFace's. Keys in IGNORED do not change what the model computes, or only repeat others; those in
+# FIXED have one value that this project implements, and absent means that value.
+NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "inter_dim": "intermediate_size",
+         "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
+         "context_len": "max_position_embeddings"}
+MLA_NAMES = {name: name for name in
+             ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
+MOE_NAMES = {"n_dense_layers": "first_k_dense_replace", "n_routed_experts": "n_routed_experts",
+             "n_shared_experts": "n_shared_experts", "n_activated_experts": "num_experts_per_tok",
+             "n_expert_groups": "n_group", "n_limited_groups": "topk_group",
+             "moe_inter_dim": "moe_intermediate_size", "route_scale": "routed_scaling_factor",
+             "norm_topk_prob": "norm_topk_prob"}
+ROPE_NAMES = {"default": {},
+              "llama3": {"factor": "factor", "original_context_len": "original_max_position_embeddings",
+                         "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
+              "yarn": {"factor": "factor", "original_context_len": "original_max_position_embeddings",
+                       "beta_fast": "beta_fast", "beta_slow": "beta_slow",
+                       "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}}
+IGNORED = set("""architectures auto_map transformers_version _name_or_path _model_name_or_path use_cache
     initializer_range attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
     ep_size num_nextn_predict_layers num_mtp_layers aux_loss_alpha seq_aux output_router_logits qk_head_dim
-    sliding_window max_window_layers is_llama_config transformers.js_config""".split())
-# Keys with only one value that this project implements; absent means that value.
+    sliding_window max_window_layers is_llama_config rope_interleaved transformers.js_config""".split())
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-         "use_mrope": False, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+         "use_mrope": False, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+         "rope_interleave": True}
 
 
 def load_config(path: Path) -> Config:
@@ -93,84 +112,66 @@ def load_config(path: Path) -> Config:
         raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict) or "model_type" not in data:
-        return Config.from_json(path)
     try:
-        return config_from_hf(data)
+        is_hf = isinstance(data, dict) and "model_type" in data
+        return config_from_hf(data) if is_hf else Config.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def config_from_hf(data: dict) -> Config:
-    """Translate HuggingFace's config.json, old keys or new. ValueError names a key that is missing or not
-    known."""
+    """Translate HuggingFace's config.json, old keys or new. ValueError names a key that does not fit."""
     keys = {key: value for key, value in data.items() if key not in IGNORED}
     for key, accepted in FIXED.items():
         if (value := keys.pop(key, accepted)) != accepted:
             raise ValueError(f"key {key!r} is {value!r}; only {accepted!r} is supported")
 
-    def take(key: str, *default):
-        if key not in keys and not default:
-            raise ValueError(f"missing key {key!r}")
-        return keys.pop(key, *default)
+    def take(names: dict[str, str]) -> dict:
+        if missing := [key for key in names.values() if key not in keys]:
+            raise ValueError(f"missing key {missing[0]!r}")
+        return {ours: keys.pop(theirs) for ours, theirs in names.items()}
 
-    family, gqa, mla, moe = data["model_type"], None, None, None
-    dim, n_heads = take("hidden_size"), take("num_attention_heads")
-    if family == "deepseek_v3":
-        mla, moe = _mla_moe(take)
-        for key in ("head_dim", "num_key_value_heads"):     # HuggingFace's head_dim is the rotary part only
-            keys.pop(key, None)
-        if not take("rope_interleave", True):
-            raise ValueError("key 'rope_interleave' is False; DeepSeek's checkpoints interleave")
-    elif family in ("qwen2", "llama"):
-        gqa = GQAConfig(n_kv_heads=take("num_key_value_heads", None) or n_heads,
-                        head_dim=take("head_dim", None) or dim // n_heads, qkv_bias=family == "qwen2")
-        keys.pop("rope_interleaved", None)                  # SmolLM's note to another program, always false
-        if set(take("layer_types", ())) - {"full_attention"}:
-            raise ValueError("key 'layer_types' has more than 'full_attention'")
-    else:
+    family = keys.pop("model_type")
+    if family not in ("deepseek_v3", "qwen2", "llama"):
         raise ValueError(f"unknown model_type {family!r}; known: deepseek_v3, qwen2, llama")
-    cfg = Config(
-        vocab_size=take("vocab_size"), dim=dim, inter_dim=take("intermediate_size"),
-        n_layers=take("num_hidden_layers"), n_heads=n_heads, norm_eps=take("rms_norm_eps"),
-        context_len=take("max_position_embeddings"), tie_embeddings=take("tie_word_embeddings", False),
-        dtype=keys.pop("torch_dtype", None) or take("dtype"), rope=_rope(take), gqa=gqa, mla=mla, moe=moe,
-        fp8=_is_block_fp8(take("quantization_config", None)))
+    ours = take(NAMES)
+    head_dim, kv_heads = keys.pop("head_dim", None), keys.pop("num_key_value_heads", None)
+    if family == "deepseek_v3":             # its head_dim is the rotary part only, and MLA has no kv heads
+        ours |= {"mla": take(MLA_NAMES), "moe": take(MOE_NAMES)}
+    else:
+        ours["gqa"] = {"n_kv_heads": kv_heads or ours["n_heads"], "qkv_bias": family == "qwen2",
+                       "head_dim": head_dim or ours["dim"] // ours["n_heads"]}
+    if set(keys.pop("layer_types", ())) - {"full_attention"}:
+        raise ValueError("key 'layer_types' has more than 'full_attention'")
+    ours |= {"tie_embeddings": keys.pop("tie_word_embeddings", False), "rope": _rope(keys),
+             "dtype": keys.pop("torch_dtype", None) or take({"dtype": "dtype"})["dtype"],
+             "fp8": _is_block_fp8(keys.pop("quantization_config", None))}
+    keys.pop("dtype", None)
     if keys:
         raise ValueError(f"unknown key {min(keys)!r} (value {keys[min(keys)]!r}): it might change the model; "
                          f"if it does not, remove it or pass a config of this project with --config")
-    return cfg
+    return Config.from_dict(ours)
 
 
-def _mla_moe(take) -> tuple[MLAConfig, MoEConfig]:
-    mla = MLAConfig(take("q_lora_rank"), take("kv_lora_rank"), take("qk_nope_head_dim"),
-                    take("qk_rope_head_dim"), take("v_head_dim"))
-    moe = MoEConfig(take("first_k_dense_replace"), take("n_routed_experts"), take("n_shared_experts"),
-                    take("num_experts_per_tok"), take("n_group"), take("topk_group"),
-                    take("moe_intermediate_size"), take("routed_scaling_factor"), take("norm_topk_prob"))
-    return mla, moe
-
-
-def _rope(take) -> RopeConfig:
-    scaling = dict(take("rope_scaling", None) or {})                # published files
-    scaling.update(take("rope_parameters", None) or {})             # files written by transformers 5
-    theta = scaling.pop("rope_theta", None) or take("rope_theta")
-    take("rope_theta", None)
-    kind = scaling.pop("type", "default")
-    kind = scaling.pop("rope_type", kind)
-    names = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-             "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
-    if kind not in names:
-        raise ValueError(f"rope type {kind!r} is not known; known: {', '.join(names)}")
-    values = {name: scaling.pop(name) for name in names[kind] if name in scaling}
-    if kind != "default":
-        if "factor" not in values or "original_max_position_embeddings" not in scaling:
-            raise ValueError(f"rope type {kind!r} needs 'factor' and 'original_max_position_embeddings'")
-        values["original_context_len"] = scaling.pop("original_max_position_embeddings")
-    if scaling:
-        raise ValueError(f"unknown rope key {min(scaling)!r} for rope type {kind!r}")
-    given = {name: value for name, value in values.items() if value is not None}
-    return RopeConfig("plain" if kind == "default" else kind, float(theta), **given)
+def _rope(keys: dict) -> dict:
+    """Our `rope` group, from rope_theta and rope_scaling (published files) or rope_parameters (newer ones)."""
+    scaling = {**(keys.pop("rope_scaling", None) or {}), **(keys.pop("rope_parameters", None) or {})}
+    top_level = keys.pop("rope_theta", None)
+    theta = scaling.pop("rope_theta", top_level)
+    if theta is None:
+        raise ValueError("missing key 'rope_theta'")
+    old_kind = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", old_kind)
+    if kind not in ROPE_NAMES:
+        raise ValueError(f"rope type {kind!r} is not known; known: {', '.join(ROPE_NAMES)}")
+    names = ROPE_NAMES[kind]
+    if unknown := scaling.keys() - names.values():
+        raise ValueError(f"unknown rope key {min(unknown)!r} for rope type {kind!r}")
+    for key in ("factor", "original_max_position_embeddings"):
+        if key in names.values() and key not in scaling:
+            raise ValueError(f"missing key {key!r} for rope type {kind!r}")
+    given = {ours: scaling[theirs] for ours, theirs in names.items() if scaling.get(theirs) is not None}
+    return {"kind": "plain" if kind == "default" else kind, "theta": theta, **given}
 
 
 def _is_block_fp8(quantization: dict | None) -> bool:
@@ -201,8 +202,7 @@ class Entry:
 
 
 class Checkpoint:
-    """A folder of weights, HuggingFace's or converted. The constructor reads the headers of its files, no
-    tensor."""
+    """A folder of weights, HuggingFace's or converted. Nothing but `tensors` reads a tensor."""
 
     def __init__(self, folder: str | Path, config: str | Path | None = None):
         self.folder = Path(folder)
@@ -250,11 +250,9 @@ class Checkpoint:
         return self._headers[file]
 
     def plan(self, model: Transformer) -> list[Entry]:
-        """What `model`, one rank's part on the meta device, takes from this folder; fully checked, nothing
-        read.
+        """What `model`, one rank's part on the meta device, takes from this folder, checked from the headers.
 
-        ValueError names the first tensor that is missing, left over, or has another shape or dtype than the
-        model.
+        ValueError names the first tensor that is missing, left over, or of another shape or dtype.
         """
         wanted, tp = dict([*model.named_parameters(), *model.named_buffers()]), model.rt.tp
         files = self.files
@@ -392,31 +390,27 @@ def rank_file(rank: int, ranks: int) -> str:
 def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | None = None) -> None:
     """Write `out`: one file per rank, then tokenizer, config and manifest. Memory: one tensor at a time.
 
-    A file gets its name when it is complete. Called again after an interruption, it keeps the rank files that
-    are complete and of the same source. ValueError, before any output, if anything does not fit. `dtype` None
-    keeps every tensor as it is stored; otherwise FP8 is dequantised and everything but the gate's fp32 bias
-    cast to it.
+    Files get their names when all are complete; an interrupted conversion goes on where it stopped. ValueError,
+    before any output, if anything does not fit. `dtype` None keeps every tensor as it is stored; otherwise FP8
+    is dequantised and everything but the gate's fp32 bias cast to it.
     """
     if checkpoint.manifest or out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{checkpoint.folder}: convert from a HuggingFace folder into another one")
+    if ranks < 1:
+        raise ValueError(f"--model-parallel is {ranks}; it must be 1 or more")
     cfg = checkpoint.cfg if dtype is None else replace(checkpoint.cfg, fp8=False, dtype="bfloat16")
-    source = fingerprint(checkpoint)
-    plans = plan_ranks(checkpoint, cfg, ranks, dtype)
+    plans, source = plan_ranks(checkpoint, cfg, ranks, dtype), fingerprint(checkpoint)
     headers = [file_header(plan, f"{source} rank {rank}/{ranks}") for rank, plan in enumerate(plans)]
     sizes = [len(header) + sum(map(n_bytes, plan)) for header, plan in zip(headers, plans)]
     manifest = {"model_parallel": ranks, "source": source,
                 "dtype": "as stored" if dtype is None else cfg.dtype,
                 "files": {rank_file(rank, ranks): size for rank, size in enumerate(sizes)}}
-    if (out / MANIFEST).exists() and json.loads((out / MANIFEST).read_text()) != manifest:
-        raise ValueError(f"{out}: holds another conversion; remove it or choose another folder")
+    if (out / MANIFEST).exists():
+        if json.loads((out / MANIFEST).read_text()) != manifest:
+            raise ValueError(f"{out}: holds another conversion; remove it or choose another folder")
+        return
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="convert", file=sys.stderr) as bar:
-        for rank, (header, plan) in enumerate(zip(headers, plans)):
-            file = out / rank_file(rank, ranks)
-            if is_complete(file, header, sizes[rank]):
-                bar.update(sizes[rank])
-            else:
-                write_rank(file, header, checkpoint.tensors(plan, Shard(rank, ranks)), bar)
+    write_ranks(checkpoint, out, plans, headers)
     for name in COMPANIONS:
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, out / name)
@@ -424,6 +418,42 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     (out / "config.json").write_text(json.dumps(groups, indent=2) + "\n")
     (out / (MANIFEST + ".part")).write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(out / (MANIFEST + ".part"), out / MANIFEST)
+
+
+def write_ranks(checkpoint: Checkpoint, out: Path, plans: list[list[Entry]], headers: list[bytes]) -> None:
+    """Stream all ranks' files side by side: a source tensor is read once and cut while it is in memory.
+
+    Written by hand because the safetensors package can only write a file that is in memory as a whole.
+    """
+    ranks = len(plans)
+    parts = [out / (rank_file(rank, ranks) + ".part") for rank in range(ranks)]
+    ends = [list(accumulate(map(n_bytes, plan), initial=len(header))) for plan, header in zip(plans, headers)]
+    done = min(map(n_complete, parts, headers, ends))
+    streams = [checkpoint.tensors(plan[done:], Shard(rank, ranks)) for rank, plan in enumerate(plans)]
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=sum(end[-1] for end in ends), initial=sum(end[done] for end in ends),
+                                       unit="B", unit_scale=True, desc="convert"))
+        files = [stack.enter_context(open(part, "r+b" if done else "wb")) for part in parts]
+        for file, header, end in zip(files, headers, ends):
+            file.write(header)
+            file.seek(end[done])
+            file.truncate()
+        for pieces in zip(*streams):
+            for file, (entry, _, tensor) in zip(files, pieces):
+                bar.update(file.write(as_bytes(tensor.to(entry.dtype)).numpy()))
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    for rank, part in enumerate(parts):
+        os.replace(part, out / rank_file(rank, ranks))
+
+
+def n_complete(part: Path, header: bytes, ends: list[int]) -> int:
+    """How many tensors an interrupted conversion of the same source left complete in `part`."""
+    if not part.exists():
+        return 0
+    with open(part, "rb") as file:
+        return bisect_right(ends, part.stat().st_size) - 1 if file.read(len(header)) == header else 0
 
 
 def plan_ranks(checkpoint: Checkpoint, cfg: Config, ranks: int,
@@ -465,54 +495,31 @@ def file_header(plan: list[Entry], source: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def is_complete(file: Path, header: bytes, size: int) -> bool:
-    if not file.exists() or file.stat().st_size != size:
-        return False
-    with open(file, "rb") as f:
-        return f.read(len(header)) == header
-
-
-def write_rank(file: Path, header: bytes, tensors: Iterator, bar: tqdm) -> None:
-    """Stream one rank's file. The safetensors package can only write a file that is in memory as a whole."""
-    part = file.with_suffix(".safetensors.part")
-    with open(part, "wb") as f:
-        f.write(header)
-        bar.update(len(header))
-        for entry, _, tensor in tensors:
-            f.write(as_bytes(tensor.to(entry.dtype)).numpy())
-            bar.update(tensor.numel() * entry.dtype.itemsize)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, file)
-
-
 def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def verify(checkpoint: Checkpoint, out: Path) -> int:
-    """Put the ranks' parts together again and compare them with the source bit for bit; the number of
-    tensors.
+    """Put the ranks' parts together again and compare them with the source bit for bit; the number of tensors.
 
-    ValueError names the first source tensor that differs. FP8 that was dequantised is compared in that form.
+    ValueError names the first tensor that differs. FP8 that was dequantised is compared in that form.
     """
-    converted = Checkpoint(out)
+    converted, count = Checkpoint(out), 0
     ranks = converted.manifest["model_parallel"]
     dtype = None if converted.manifest["dtype"] == "as stored" else DTYPES[converted.cfg.dtype]
-    count = 0
-    for entry in tqdm(plan_ranks(checkpoint, converted.cfg, ranks, dtype)[0], desc="verify", file=sys.stderr):
-        for _, e, source in checkpoint.tensors([replace(entry, heads=0)], Shard()):
-            parts = []
-            for rank in range(ranks):
-                with safe_open(out / rank_file(rank, ranks), "pt") as f:
-                    part = f.get_tensor(entry.name) if e is None else f.get_slice(entry.name)[e]
-                if entry.heads:                             # back from RoPE's interleaved order to the halves
-                    part = part.unflatten(0, (entry.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-                parts.append(part)
-            same = [torch.cat(parts, entry.cut)] if entry.cut is not None else parts
-            if not all(torch.equal(as_bytes(part), as_bytes(source.to(entry.dtype))) for part in same):
-                raise ValueError(f"{out}: {entry.name} does not equal {entry.keys[e or 0]} of the source")
-            count += 1
+    plan = plan_ranks(checkpoint, converted.cfg, ranks, dtype)[0]
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(out / rank_file(rank, ranks), "pt")) for rank in range(ranks)]
+        for entry in tqdm(plan, desc="verify", unit="tensor"):
+            for _, e, source in checkpoint.tensors([replace(entry, heads=0)], Shard()):
+                parts = [file.get_tensor(entry.name) if e is None else file.get_slice(entry.name)[e] for file in files]
+                if entry.heads:                         # back from RoPE's interleaved order to the halves
+                    parts = [p.unflatten(0, (entry.heads, -1, 2)).transpose(1, 2).flatten(0, 2) for p in parts]
+                wholes = parts if entry.cut is None else [torch.cat(parts, dim=entry.cut)]
+                expected = as_bytes(source.to(entry.dtype))
+                if not all(torch.equal(as_bytes(whole), expected) for whole in wholes):
+                    raise ValueError(f"{out}: {entry.name} does not equal {entry.keys[e or 0]} of the source")
+                count += 1
     return count
 
 

@@ -142,11 +142,16 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        """Read a config of ours (config_671B.json, configs/). ValueError names an unknown or missing key."""
+        """Read a config of ours: config_671B.json, configs/, or a converted folder's."""
         try:
-            return _from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Config":
+        """Build from parsed JSON. ValueError names a key that is unknown, missing, or of another type."""
+        return _from_dict(cls, data)
 
     def legal_ranks(self) -> list[int]:
         """Numbers of ranks that cut every sharded dimension evenly, and FP8 weights between their blocks."""
@@ -168,6 +173,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 def _from_dict(cls, data: dict, where: str = ""):
     """Build the dataclass `cls` from JSON, every key known, every required key there, every type right."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where or 'a config '}must be a JSON object; it is {data!r}")
     known = {field.name: field for field in fields(cls)}
     if unknown := data.keys() - known.keys():
         raise ValueError(f"unknown key {where + min(unknown)!r}; known: {', '.join(known)}")
