@@ -4,9 +4,9 @@ A conversation is one flat string (BOS and EOS are <｜begin▁of▁sentence｜>
 
     BOS system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question <｜Assistant｜> <think> newline
 
-System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside an
-open <think>, so a completion is `reasoning </think> answer EOS`: no opening tag. Each marker is one token, its
-bars U+FF5C and its blanks U+2581. One that a user types is not escaped, here as in R1's own template.
+System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside
+an open <think>: so completions are `reasoning </think> answer EOS`, no opening tag. A marker is one token; its
+bars are U+FF5C, its blanks U+2581. One that a user types is not escaped, here as in R1's own template.
 """
 import json
 import re
@@ -25,18 +25,20 @@ CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP, OUTPUTS_BEGIN, OUTPUTS_END, O
 class Tokenizer:
     """Text <-> ids, and what a checkpoint's own files say about its tokens.
 
-    Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 and renamed
-    some tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if the folder has
+    Nothing is assumed from a base model: the distills kept the vocabularies of Qwen2.5 and Llama 3.1 but
+    renamed tokens, so BOS is 151646 in one and 128000 in the other (R1: 0). FileNotFoundError if a folder has
     no tokenizer, ValueError naming a file that cannot be read.
     """
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        found = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is here")
         self._json = self._pieces = None            # one of two libraries; sentencepiece is for older Llamas
-        _read(folder / found[0], self._open_json if "json" in found[0] else self._open_sentencepiece)
+        if (folder / "tokenizer.json").is_file():
+            _read(folder / "tokenizer.json", self._open_json)
+        elif (folder / "tokenizer.model").is_file():
+            _read(folder / "tokenizer.model", self._open_sentencepiece)
+        else:
+            raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is here")
         config = _read(folder / "tokenizer_config.json", _json_object)
         self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
         stop = _read(folder / "generation_config.json", _json_object).get("eos_token_id")
@@ -50,7 +52,7 @@ class Tokenizer:
 
     def _open_json(self, path):
         self._json = tokenizers.Tokenizer.from_file(str(path))
-        self._json.no_truncation()                  # a file may carry training settings; prompts are never cut
+        self._json.no_truncation()                  # a file may keep training settings; prompts are never cut
         self._json.no_padding()
         self.n_tokens = max(self._json.get_vocab().values()) + 1    # R1: 128,815 of 129,280 logit rows
         self.special_ids = {i for i, t in self._json.get_added_tokens_decoder().items() if t.special}
@@ -61,8 +63,7 @@ class Tokenizer:
         pieces.Load(str(path))
         self.n_tokens = len(pieces)
         self.special_ids = {i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)}
-        names = [re.escape(pieces.id_to_piece(i)) for i in self.special_ids]
-        self._special = re.compile(f"({'|'.join(names)})")
+        self._special = {pieces.id_to_piece(i): i for i in self.special_ids}
 
     def _named(self, config, key):
         token = config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
@@ -82,14 +83,13 @@ class Tokenizer:
         if self._json:                              # a distill's file would add BOS, R1's not: keep it off
             return self._json.encode(text, add_special_tokens=False).ids
         ids = []                                    # sentencepiece never reads <s> as its token: cut it out
-        for part in self._special.split(text):
-            ids += [self.token_id(part)] if self._special.fullmatch(part) else self._pieces.encode(part)
+        for part in re.split(f"({'|'.join(map(re.escape, self._special))})", text):
+            ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
         return ids
 
     def decode(self, ids):
-        """Text of `ids` without special tokens. <think> and <｜User｜> are not special in R1's files: they stay."""
-        backend = self._json or self._pieces
-        return backend.decode([i for i in ids if i not in self.special_ids])
+        """Text of `ids` without special tokens. R1's files do not call <think> and <｜User｜> special: kept."""
+        return (self._json or self._pieces).decode([i for i in ids if i not in self.special_ids])
 
 
 def _read(path, parse):
@@ -151,8 +151,9 @@ class Chat:
         # System text goes in front from wherever it stands. R1 joins several, the distills keep the last.
         system = [message["content"] for message in messages if message["role"] == "system"]
         text = self.tokenizer.bos + ("\n\n".join(system) if r1 else "".join(system[-1:]))
-        called = returned = False                   # never reset: a second round of tools has no opening marker
-        in_outputs = False                          # inside a list of tool outputs
+        # `called` and `returned` are never reset: odd (a second round of tools lacks its opening markers), but
+        # this is the text of the original templates.
+        called = returned = in_outputs = False      # in_outputs: the last message was a tool's
         for i, message in enumerate(messages):
             role, content = message["role"], message.get("content")
             if role == "user":
@@ -212,7 +213,7 @@ class Chat:
 class TextStream:
     """Ids to text, one token at a time; together the pieces are the text of Tokenizer.decode.
 
-    Byte-level BPE splits a Chinese character or an emoji over several tokens, each of which alone prints U+FFFD.
+    Byte-level BPE splits a Chinese character or an emoji over several tokens, and each alone prints U+FFFD.
     Decoding all tokens again at every step is right but quadratic (5e8 token decodes for 32k tokens), so only
     those held back are decoded, together with those released last: whether sentencepiece begins a word with
     a space depends on what stands before it.
@@ -242,15 +243,15 @@ class TextStream:
 class ReasoningParser:
     """Splits a completion, in whatever pieces it arrives, into reasoning and answer.
 
-    R1's prompt has opened <think> (`thinking`), so all up to the first </think> is reasoning, the rest answer; an
-    opening tag that the model writes all the same is dropped. Without an open <think> all is answer, unless the
-    text begins with the tag. What may be the start of a tag is held back. Newlines before either part are dropped.
+    R1's prompt has opened <think> (`thinking`), so all up to the first </think> is reasoning, the rest is
+    answer; an opening tag that the model writes all the same is dropped. Without an open <think> all is answer,
+    unless the text begins with one. What may become a tag is held back; newlines before a part are dropped.
     """
 
     def __init__(self, thinking):
         self.part = "reasoning" if thinking else "answer"
         self.held = ""
-        self.opening = self.blank = True            # may <think> still come; is this part empty so far
+        self.opening = self.blank = True            # <think> may still come; nothing of this part so far
 
     def feed(self, text):
         """Pieces ("reasoning" | "answer", text) that are certain now."""

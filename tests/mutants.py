@@ -2,8 +2,9 @@
 
     python tests/mutants.py [WORD]      all mutants, or those whose description contains WORD
 
-Each mutant is a bug that a port of DeepSeek-R1 could have, and most have been seen in one. A copy of the project gets
-the edit and runs the tests named with it; tests that still pass mean that the suite does not prove what it says.
+Each mutant is a bug that a port of DeepSeek-R1 could have, and most have been seen in one. A copy of the
+project gets the edit and runs the tests named with it; tests that still pass mean that the suite does not
+prove what it says.
 """
 import os
 import shutil

@@ -1,8 +1,8 @@
 """Claim: however the tokens get there, the model computes one function.
 
-Absorbed or expanded attention (V2 section 2.1.2), in one piece, in chunks or token by token, alone or beside rows at
-other positions, in a short cache or a long one: the logits are the same. Tolerance as in test_model_vs_hf.py: 1e-5 of
-the logit scale in fp32, since only the order of summation differs.
+Absorbed or expanded attention (V2 section 2.1.2), in one piece, in chunks or token by token, alone or beside
+rows at other positions, in a short cache or a long one: the logits are the same. Tolerance as in
+test_model_vs_hf.py: 1e-5 of the logit scale in fp32, since only the order of summation differs.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
 def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
     cfg = Config.from_json(ROOT / "configs/distill_llama_70b.json")
     before = resident()
-    cache = Cache.allocate(cfg, Runtime(max_seq_len=32_768))                        # 10.7 GB
+    cache = Cache.allocate(cfg, Runtime(max_seq_len=32_768))                    # 10.7 GB
     assert cache.bytes_per_token() * 32_768 > 10e9
     assert resident() - before < 100e6
 

@@ -1,11 +1,13 @@
-"""Claim: our logits are HuggingFace's, for all three families and every setting that their checkpoints may have.
+"""Claim: our logits are HuggingFace's, for all three families and every setting that their checkpoints may
+have.
 
-Checkpoints are written by transformers and read through convert.py, so one comparison covers names, permutation,
-config and numerics. The reference runs eager attention and eager experts; 200 positions reach far beyond the original
-context of 64 that the scaled RoPEs have here.
+Checkpoints are written by transformers and read through convert.py, so one comparison covers names,
+permutation, config and numerics. The reference runs eager attention and eager experts; 200 positions reach
+far beyond the original context of 64 that the scaled RoPEs have here.
 
-Tolerance: fp32 has a relative precision of 6e-8, and sums of a few hundred terms through 3 layers leave 1e-6 of the
-logit scale; 1e-5 is ten times that, and a thousand times less than any of the bugs in tests/mutants.py makes.
+Tolerance: fp32 has a relative precision of 6e-8, and sums of a few hundred terms through 3 layers leave 1e-6
+of the logit scale; 1e-5 is ten times that, and a thousand times less than any of the bugs in tests/mutants.py
+makes.
 """
 import pytest
 import tiny
@@ -136,9 +138,10 @@ def routes(model, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("make", [tiny.deepseek, tiny.qwen2, tiny.llama])
 def test_bf16_is_as_close_to_fp32_as_huggingface_bf16_is(make, tmp_path):
-    # Rounding flips a few experts, and each flip moves single logits by 1 to 3, so the maximum says nothing. The mean
-    # does: HuggingFace's own bf16 run is 0.01 to 0.04 off its fp32 run. Ours may be half as far again, and 9 of 10
-    # expert sets must be the ones of fp32; a bug of tests/mutants.py moves the mean by 0.15 and more.
+    # Rounding flips a few experts, and each flip moves single logits by 1 to 3, so the maximum says nothing.
+    # The mean does: HuggingFace's own bf16 run is 0.01 to 0.04 off its fp32 run. Ours may be half as far
+    # again, and 9 of 10 expert sets must be the ones of fp32; a bug of tests/mutants.py moves the mean by
+    # 0.15 and more.
     exact = reference(tiny.write(tmp_path, make()))
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
     if make is tiny.deepseek:

@@ -1,8 +1,9 @@
-"""Claim: the gate chooses and weighs experts as V3 section 2.1.2 says (Eq. 12-16), and only chosen experts are read.
+"""Claim: the gate chooses and weighs experts as V3 section 2.1.2 says (Eq. 12-16), and only chosen experts
+are read.
 
-References: HuggingFace's router, with a correction bias of both signs (it is zero when freshly initialised, which would
-hide every mistake about it), and a dense float64 sum over all experts. Choices must be equal; weights and sums within
-1e-6 and 1e-5 of their scale, the precision of fp32 sums over 256 channels.
+References: HuggingFace's router, with a correction bias of both signs (it is zero when freshly initialised,
+which would hide every mistake about it), and a dense float64 sum over all experts. Choices must be equal;
+weights and sums within 1e-6 and 1e-5 of their scale, the precision of fp32 sums over 256 channels.
 """
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def test_gate_equals_huggingface_for_biases_of_both_signs(mean):
 
 
 def test_dropped_groups_never_win_however_negative_the_bias():
-    # 16 experts in 4 groups, 2 of them kept: with every score below 0, a mask of 0 would prefer the dropped ones.
+    # 16 experts in 4 groups, 2 of them kept: with every score below 0, a mask of 0 would prefer the dropped
+    # ones.
     _, experts = gate(noise(16, -2.0))(X)
     assert all(len(set(row)) <= 2 for row in (experts // 4).tolist())
 
@@ -64,8 +66,8 @@ def test_the_bias_chooses_but_does_not_weigh():
     plain, biased = gate(torch.zeros(16)), gate(bias)
     weights, experts = biased(X)
     assert (experts == 13).any(-1).all() and not (plain(X)[1] == 13).any(-1).all()
-    scores = (X.double() @ biased.weight.double().T).sigmoid().gather(1, experts)           # V3 Eq. 15
-    expected = 2.5 * scores / scores.sum(-1, keepdim=True)                                  # V3 Eq. 13
+    scores = (X.double() @ biased.weight.double().T).sigmoid().gather(1, experts)  # V3 Eq. 15
+    expected = 2.5 * scores / scores.sum(-1, keepdim=True)                      # V3 Eq. 13
     assert_close(weights.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -80,7 +82,7 @@ def moe() -> MoE:
 def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all():
     layer = moe()
     weights, experts = layer.gate(X)
-    dense = torch.zeros(500, 16, dtype=torch.float64).scatter(1, experts, weights.double())         # [n, e]
+    dense = torch.zeros(500, 16, dtype=torch.float64).scatter(1, experts, weights.double())  # [n, e]
     x = X.double()
 
     def mlp(w1, w2, w3):
@@ -91,7 +93,7 @@ def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all():
     expected = mlp(shared.w1.weight, shared.w2.weight, shared.w3.weight)
     for e in range(16):
         out = mlp(routed.w1.weight[e], routed.w2.weight[e], routed.w3.weight[e])
-        expected += dense[:, e, None] * out                                                         # V3 Eq. 12
+        expected += dense[:, e, None] * out                                     # V3 Eq. 12
     ours = layer(X.view(5, 100, 256)).view(500, 256)
     assert (ours - expected).abs().max() <= 1e-5 * expected.std()
 

@@ -1,0 +1,207 @@
+"""Claim: block-wise FP8 computes what V3 section 3.3 defines, and FP8 checkpoints run as their dequantised
+twins.
+
+Oracles are float64 formulas written out here. Against the quantised operands a product is exact up to fp32
+summation (relative Frobenius error 1e-6; 1e-7 is typical) and, when it leaves as bf16, up to one rounding
+(2^-9, so 4e-3). Whole models are compared with HuggingFace running dequantised weights, within 1e-5 of the
+logit scale in fp32; comparing with unquantised weights would mean nothing, since FP8 re-routes a fifth of the
+tokens of a tiny model.
+"""
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import kernel
+import model as core
+
+TOKENS = torch.randint(0, 256, (2, 120), generator=torch.Generator().manual_seed(8))
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """One float64 scale per element [n, k] out of one per 128 x 128 block."""
+    rows, columns = torch.arange(n) // 128, torch.arange(k) // 128
+    return scale.double()[rows][:, columns]
+
+
+def dequantised(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return q.double() * spread(scale, *q.shape)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm().clamp(min=1e-300)).item()
+
+
+SHAPES = [(128, 128), (576, 256), (300, 200), (64, 512), (1, 129), (256, 96)]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_weights_round_trip_within_half_a_step_of_each_block(n, k):
+    w = noise(n, k) * torch.logspace(-3, 3, k)              # blocks of very different size
+    q, scale = kernel.weight_quant(w)
+    assert q.dtype == torch.float8_e4m3fn and scale.shape == (-(-n // 128), -(-k // 128))
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = w[i * 128:(i + 1) * 128, j * 128:(j + 1) * 128].double()
+            assert abs(scale[i, j].item() - block.abs().max().item() / 448) <= 1e-6 * scale[i, j].item()
+    error = (dequantised(q, scale) - w.double()).abs()
+    # 3 mantissa bits: half a step is 1/16 of the value, or of the smallest normal number 2^-6, times the
+    # scale
+    assert (error <= torch.maximum(w.double().abs() / 16, spread(scale, n, k) * 2 ** -10) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantisation_is_one_product_and_one_rounding(n, k, dtype):
+    q, scale = kernel.weight_quant(noise(n, k))
+    expected = (q.float() * spread(scale, n, k).float()).to(dtype)
+    assert torch.equal(kernel.weight_dequant(q, scale, dtype), expected)
+
+
+@pytest.mark.parametrize("k", [128, 384, 200])
+def test_activations_have_a_scale_per_token_and_128_channels(k):
+    x = noise(3, 7, k) * torch.logspace(-2, 2, 7)[:, None]
+    q, scale = kernel.act_quant(x)
+    assert q.shape == x.shape and scale.shape == (3, 7, -(-k // 128)) and scale.dtype == torch.float32
+    for j in range(scale.shape[-1]):
+        block = slice(j * 128, (j + 1) * 128)
+        expected = x[..., block].abs().amax(-1).clamp(min=1e-4) / 448
+        torch.testing.assert_close(scale[..., j], expected, rtol=1e-6, atol=0)
+        back = q[..., block].double() * scale[..., j, None].double()
+        assert ((back - x[..., block]).abs() <= x[..., block].abs().double() / 16 + scale[..., j, None] * 2 ** -10).all()
+
+
+@pytest.mark.parametrize("m", [*range(18), 300])
+@pytest.mark.parametrize("n, k", [(256, 384), (576, 200)])
+def test_gemm_equals_the_float64_product_of_its_operands(m, n, k):
+    a, a_scale = kernel.act_quant(noise(m, k, seed=1))
+    w, w_scale = kernel.weight_quant(noise(n, k, seed=2))
+    expected = (a.double() * a_scale.double().repeat_interleave(128, -1)[:, :k]) @ dequantised(w, w_scale).T
+    exact = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.float32)
+    rounded = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.bfloat16)
+    assert exact.shape == (m, n) and exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert relative(exact, expected) <= 1e-6 and relative(rounded, expected) <= 4e-3
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e-6, 1e6, 1e23])
+def test_tiny_and_huge_weights_keep_their_precision(size):
+    a, a_scale = kernel.act_quant(noise(5, 256))
+    w, w_scale = kernel.weight_quant(noise(256, 256, seed=3).double().mul(size).float())
+    if size > 1e-12:        # below, the scale is clamped and the weights fade to zero, as they should
+        assert relative(dequantised(w, w_scale), noise(256, 256, seed=3).double() * size) < 0.03
+    expected = (a.double() * a_scale.double().repeat_interleave(128, -1)) @ dequantised(w, w_scale).T
+    assert relative(kernel.fp8_gemm(a, a_scale, w, w_scale, torch.float32), expected) <= 1e-6
+
+
+def test_zero_blocks_and_subnormals_stay_finite_and_exact():
+    w = noise(256, 256)
+    w[:128, 128:] = 0
+    q, scale = kernel.weight_quant(w)
+    assert scale.isfinite().all() and (scale > 0).all()
+    assert torch.equal(kernel.weight_dequant(q, scale, torch.float32)[:128, 128:], torch.zeros(128, 128))
+    x = torch.zeros(2, 256)
+    x[0, 0] = 3.0
+    a, a_scale = kernel.act_quant(x)
+    assert a.float().isfinite().all() and (a_scale > 0).all()
+    assert kernel.fp8_gemm(a, a_scale, q, scale, torch.float32)[1].abs().max() == 0
+    every_code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = every_code[~every_code.float().isnan()]
+    ones = torch.ones(1, 1)
+    assert torch.equal(kernel.weight_dequant(finite[:, None], ones.expand(2, 1), torch.float32), finite.float()[:, None])
+
+
+@pytest.mark.parametrize("bad", [torch.ones(4, 2), torch.ones(5, 1), torch.ones(5, 2, dtype=torch.float64)])
+def test_a_scale_that_does_not_fit_is_an_error(bad):
+    q, scale = kernel.weight_quant(noise(576, 256))
+    assert scale.shape == (5, 2)
+    with pytest.raises(ValueError, match=r"\[576, 256\] needs an fp32 scale \[5, 2\]"):
+        kernel.weight_dequant(q, bad, torch.float32)
+    with pytest.raises(ValueError, match="e4m3 weight"):
+        kernel.weight_dequant(q.float(), scale, torch.float32)
+
+
+# Whole models
+
+
+def dequantised_twin(path, out):
+    """HuggingFace's model of the FP8 checkpoint in `path`, from weights dequantised by the formula above."""
+    tensors = load_file(path / "model.safetensors")
+    plain = {key: (dequantised(t, tensors[key + "_scale_inv"]) if key + "_scale_inv" in tensors else t).float()
+             for key, t in tensors.items() if not key.endswith("_scale_inv")}
+    out.mkdir()
+    save_file(plain, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((path / "config.json").read_text())
+    tiny.edit_config(out, quantization_config=..., dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.std().clamp(min=1)
+
+
+@pytest.fixture(scope="module", params=[{}, {"kv_lora_rank": 512}, {"q_lora_rank": None, "n_shared_experts": 2}],
+                ids=["whole blocks", "576-row edge block", "no q-lora"])
+def checkpoint(request, tmp_path_factory):
+    """An FP8 checkpoint with a zero block, in 3 files with scales away from their weights, and its oracle's
+    logits."""
+    path = tmp_path_factory.mktemp("fp8") / "checkpoint"
+    model = tiny.randomise(AutoModelForCausalLM.from_config(tiny.deepseek(**request.param), dtype=torch.float32))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[128:256, :128] = 0
+    model.save_pretrained(path)
+    tiny.quantise(path)
+    twin = dequantised_twin(path, path.parent / "twin")
+    tiny.split_file(path, 3)
+    with torch.no_grad():
+        return path, twin(TOKENS).logits
+
+
+def test_dequantised_weights_give_the_logits_of_the_dequantised_model(checkpoint):
+    path, expected = checkpoint
+    model = tiny.load(path, fp8="dequant")
+    assert_same(tiny.logits(model, TOKENS), expected)
+    assert_same(tiny.logits(model, TOKENS, [100, 1, 19]), expected)
+    assert model.layers[0].ffn.w1.weight.dtype == torch.float8_e4m3fn       # and stays FP8 in memory
+
+
+def test_huggingface_dequantises_to_the_same_model(tmp_path):
+    tiny.write(tmp_path, tiny.deepseek())
+    tiny.quantise(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    theirs = theirs.float().eval()
+    theirs.set_experts_implementation("eager")
+    with torch.no_grad():
+        assert_same(tiny.logits(tiny.load(tmp_path), TOKENS), theirs(TOKENS).logits)
+
+
+def test_fp8_activations_give_the_logits_of_a_float64_linear_on_quantised_operands(checkpoint, monkeypatch):
+    # The same model, but every FP8 linear is the float64 formula: what the activations lose, both lose.
+    path, dequantised_logits = checkpoint
+
+    def oracle(a, a_scale, w, w_scale, dtype):
+        k = w.shape[1]
+        exact = (a.double() * a_scale.double().repeat_interleave(128, -1)[..., :k]) @ dequantised(w, w_scale).T
+        return exact.to(dtype)
+
+    model = tiny.load(path, fp8="gemm")
+    ours = tiny.logits(model, TOKENS[:1, :1])                # one token: no rounding can flip a later routing
+    monkeypatch.setattr(core.kernel, "fp8_gemm", oracle)
+    assert_same(ours, tiny.logits(model, TOKENS[:1, :1]))
+    error = (ours - dequantised_logits[:1, :1]).abs().mean()
+    assert 1e-3 < error < 0.5 * dequantised_logits.std()       # activations really were quantised, and mildly
+
+
+def test_a_linear_layer_on_fp8_activations_equals_the_float64_formula(checkpoint):
+    path, _ = checkpoint
+    layer = tiny.load(path, fp8="gemm").layers[0].ffn.w2
+    x = noise(9, 512)
+    q, scale = kernel.act_quant(x)
+    expected = (q.double() * scale.double().repeat_interleave(128, -1)) @ dequantised(layer.weight, layer.scale).T
+    assert relative(layer(x), expected) <= 1e-6
