@@ -5,8 +5,8 @@ A conversation is one flat string (BOS and EOS are <｜begin▁of▁sentence｜>
     BOS system text <｜User｜> question <｜Assistant｜> answer EOS <｜User｜> question <｜Assistant｜> <think> newline
 
 System text, none by default, has no tag. Old answers stand without their reasoning. The prompt ends inside
-an open <think>: so completions are `reasoning </think> answer EOS`, no opening tag. A marker is one token; its
-bars are U+FF5C, its blanks U+2581. One that a user types is not escaped, here as in R1's own template.
+an open <think>, so completions are `reasoning </think> answer EOS`, without the opening tag. Each marker is
+one token; its bars are U+FF5C, its blanks U+2581. One that a user types is not escaped, as in R1's template.
 """
 import json
 import re
@@ -137,8 +137,8 @@ class Chat:
         write (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
         ids = self.tokenizer.encode(self.render(messages))
         bos = self.tokenizer.bos and self.tokenizer.token_id(self.tokenizer.bos)
-        doubled = ids[:2] == [bos, bos] if self.style == "jinja" else ids.count(bos) != 1 or ids[0] != bos
-        if doubled:
+        wrong = ids[:2] == [bos, bos] if self.style == "jinja" else ids.count(bos) != 1 or ids[0] != bos
+        if wrong:
             raise ValueError(f"a prompt has one {self.tokenizer.bos}, in front; here are {ids.count(bos)}")
         return ids
 
@@ -151,8 +151,8 @@ class Chat:
         # System text goes in front from wherever it stands. R1 joins several, the distills keep the last.
         system = [message["content"] for message in messages if message["role"] == "system"]
         text = self.tokenizer.bos + ("\n\n".join(system) if r1 else "".join(system[-1:]))
-        # `called` and `returned` are never reset: odd (a second round of tools lacks its opening markers), but
-        # this is the text of the original templates.
+        # `called` and `returned` are never reset, so a second round of tools lacks its opening markers: odd,
+        # but that is what the original templates write.
         called = returned = in_outputs = False      # in_outputs: the last message was a tool's
         for i, message in enumerate(messages):
             role, content = message["role"], message.get("content")
@@ -218,7 +218,7 @@ class TextStream:
     those held back are decoded, together with those released last: whether sentencepiece begins a word with
     a space depends on what stands before it.
     """
-    LONGEST = 32                                    # tokens held back at most; only broken UTF-8 gets there
+    LONGEST = 32                                    # tokens; only endless broken UTF-8 or blanks get there
 
     def __init__(self, tokenizer):
         self.decode, self.special_ids = tokenizer.decode, tokenizer.special_ids
@@ -235,7 +235,7 @@ class TextStream:
     def flush(self):
         """What is held back; an incomplete character becomes U+FFFD."""
         text = self.decode(self.context + self.held)[len(self.decode(self.context)):]
-        keep = self.held if self.decode(self.held) else self.context + self.held   # must show as text
+        keep = self.held if self.decode(self.held) else self.context + self.held   # context must show
         self.context, self.held = keep[-self.LONGEST:], []
         return text
 
@@ -243,9 +243,9 @@ class TextStream:
 class ReasoningParser:
     """Splits a completion, in whatever pieces it arrives, into reasoning and answer.
 
-    R1's prompt has opened <think> (`thinking`), so all up to the first </think> is reasoning, the rest is
-    answer; an opening tag that the model writes all the same is dropped. Without an open <think> all is answer,
-    unless the text begins with one. What may become a tag is held back; newlines before a part are dropped.
+    R1's prompt has opened <think> (`thinking`): all up to the first </think> is reasoning, the rest answer,
+    and an opening tag that the model writes all the same is dropped. Without an open <think> all is answer,
+    unless it begins with the tag. What may become a tag is held back; newlines before a part are dropped.
     """
 
     def __init__(self, thinking):

@@ -103,18 +103,24 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_
          "rope_interleave": True}
 
 
-def load_config(path: Path) -> Config:
-    """Read a config file, HuggingFace's (it has a model_type) or ours. ValueError names the file and the
-    key."""
+def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that has `keys`; ValueError names the file and what is wrong with it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict) or not data.keys() >= set(keys):
+        raise ValueError(f"{path}: expected an object with the keys {', '.join(keys)}")
+    return data
+
+
+def load_config(path: Path) -> Config:
+    """Read a config file, HuggingFace's (it has a model_type) or ours. ValueError names the file and the key."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere")
+    data = read_json(path)
     try:
-        is_hf = isinstance(data, dict) and "model_type" in data
-        return config_from_hf(data) if is_hf else Config.from_dict(data)
+        return config_from_hf(data) if "model_type" in data else Config.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -154,7 +160,7 @@ def config_from_hf(data: dict) -> Config:
 
 
 def _rope(keys: dict) -> dict:
-    """Our `rope` group, from rope_theta and rope_scaling (published files) or rope_parameters (newer ones)."""
+    """Our `rope` group, from rope_theta and rope_scaling (published files) or rope_parameters (newer)."""
     scaling = {**(keys.pop("rope_scaling", None) or {}), **(keys.pop("rope_parameters", None) or {})}
     top_level = keys.pop("rope_theta", None)
     theta = scaling.pop("rope_theta", top_level)
@@ -209,7 +215,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         manifest = self.folder / MANIFEST
-        self.manifest = json.loads(manifest.read_text()) if manifest.exists() else None
+        self.manifest = read_json(manifest, "model_parallel", "dtype", "files") if manifest.exists() else None
         if self.manifest is None and any(self.folder.glob("model*-mp*.safetensors*")):
             raise ValueError(f"{folder}: an unfinished conversion (no {MANIFEST}); run convert.py again")
         self.cfg = load_config(Path(config) if config else self.folder / "config.json")
@@ -223,7 +229,7 @@ class Checkpoint:
         if self.manifest:
             names = sorted(self.manifest["files"])
         elif index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index, "weight_map")["weight_map"].values()))
         elif single.exists():
             names = [single.name]
         else:
@@ -273,6 +279,8 @@ class Checkpoint:
 
     def _entry(self, name: str, t: Tensor, tp: Shard) -> Entry:
         accepted = {kernel.FP8} if t.dtype == kernel.FP8 else HIGH_PRECISION
+        if name.endswith(".scale"):
+            accepted = {torch.float32}
         if self.manifest:
             return Entry(name, [name], list(t.shape), self._check(name, list(t.shape), accepted), None, 0, [])
         layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
@@ -287,7 +295,7 @@ class Checkpoint:
         may_dequantise = {kernel.FP8} if self.cfg.fp8 and leaf == "weight" else set()
         dtypes = {self._check(key, full, accepted | may_dequantise) for key in keys}
         if len(dtypes) > 1:
-            raise ValueError(f"{self.folder}: the experts of {key} differ in dtype")
+            raise ValueError(f"{self.folder}: tensors {key.replace('{e}', '*')} differ in dtype")
         dtype, scales = dtypes.pop(), []
         if dtype == kernel.FP8 and t.dtype != kernel.FP8:
             dtype, scales = t.dtype, [key + "_scale_inv" for key in keys]
@@ -390,9 +398,9 @@ def rank_file(rank: int, ranks: int) -> str:
 def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | None = None) -> None:
     """Write `out`: one file per rank, then tokenizer, config and manifest. Memory: one tensor at a time.
 
-    Files get their names when all are complete; an interrupted conversion goes on where it stopped. ValueError,
-    before any output, if anything does not fit. `dtype` None keeps every tensor as it is stored; otherwise FP8
-    is dequantised and everything but the gate's fp32 bias cast to it.
+    Files get their names when all are complete; an interrupted conversion goes on where it stopped. `dtype`
+    None keeps every tensor as it is stored; otherwise FP8 is dequantised, and everything but the gate's fp32
+    bias is cast to it. ValueError, before any output, if anything does not fit.
     """
     if checkpoint.manifest or out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{checkpoint.folder}: convert from a HuggingFace folder into another one")
@@ -406,7 +414,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
                 "dtype": "as stored" if dtype is None else cfg.dtype,
                 "files": {rank_file(rank, ranks): size for rank, size in enumerate(sizes)}}
     if (out / MANIFEST).exists():
-        if json.loads((out / MANIFEST).read_text()) != manifest:
+        if read_json(out / MANIFEST) != manifest:
             raise ValueError(f"{out}: holds another conversion; remove it or choose another folder")
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -431,8 +439,8 @@ def write_ranks(checkpoint: Checkpoint, out: Path, plans: list[list[Entry]], hea
     done = min(map(n_complete, parts, headers, ends))
     streams = [checkpoint.tensors(plan[done:], Shard(rank, ranks)) for rank, plan in enumerate(plans)]
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=sum(end[-1] for end in ends), initial=sum(end[done] for end in ends),
-                                       unit="B", unit_scale=True, desc="convert"))
+        bar = stack.enter_context(tqdm(desc="convert", unit="B", unit_scale=True,
+                                       total=sum(end[-1] for end in ends), initial=sum(end[done] for end in ends)))
         files = [stack.enter_context(open(part, "r+b" if done else "wb")) for part in parts]
         for file, header, end in zip(files, headers, ends):
             file.write(header)
@@ -500,7 +508,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def verify(checkpoint: Checkpoint, out: Path) -> int:
-    """Put the ranks' parts together again and compare them with the source bit for bit; the number of tensors.
+    """Put the ranks' parts together again and compare them with the source bit for bit; returns the number.
 
     ValueError names the first tensor that differs. FP8 that was dequantised is compared in that form.
     """
@@ -512,9 +520,11 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
         files = [stack.enter_context(safe_open(out / rank_file(rank, ranks), "pt")) for rank in range(ranks)]
         for entry in tqdm(plan, desc="verify", unit="tensor"):
             for _, e, source in checkpoint.tensors([replace(entry, heads=0)], Shard()):
-                parts = [file.get_tensor(entry.name) if e is None else file.get_slice(entry.name)[e] for file in files]
+                stored = [file.get_slice(entry.name) for file in files]
+                parts = [part[:] if e is None else part[e] for part in stored]
                 if entry.heads:                         # back from RoPE's interleaved order to the halves
-                    parts = [p.unflatten(0, (entry.heads, -1, 2)).transpose(1, 2).flatten(0, 2) for p in parts]
+                    split = (entry.heads, -1, 2)
+                    parts = [part.unflatten(0, split).transpose(1, 2).flatten(0, 2) for part in parts]
                 wholes = parts if entry.cut is None else [torch.cat(parts, dim=entry.cut)]
                 expected = as_bytes(source.to(entry.dtype))
                 if not all(torch.equal(as_bytes(whole), expected) for whole in wholes):

@@ -1,7 +1,7 @@
 """Claim: the tokenizer adds nothing and loses nothing, from either kind of file and one token at a time.
 
-The small byte-level tokenizers here have what real ones have: R1's role tokens and <think> with special=false,
-BOS and EOS with special=true, and (as in the distills) a post-processor that prepends BOS. All is exact.
+The small byte-level tokenizers resemble the real ones: R1's role tokens and <think> with special=false, BOS and
+EOS with special=true, and (as in the distills) a post-processor that prepends BOS. Everything is exact.
 """
 import json
 import random
@@ -138,15 +138,20 @@ def test_a_character_is_held_back_until_its_last_byte(tokenizer, character):
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_stream(tokenizer, monkeypatch):
-    ids, longest, decode = tokenizer.encode("the cat 中 🙂 ") * 100, 0, tokenizer.decode
+    decode, longest = tokenizer.decode, 0
+    text, broken = tokenizer.encode("the cat 中 🙂 "), tokenizer.encode("x中")[-3:-2]
+    special, blank = min(tokenizer.special_ids), tokenizer.token_id("Ġ") or tokenizer.token_id("▁")
 
     def spy(window):
         nonlocal longest
         longest = max(longest, len(window))
         return decode(window)
     monkeypatch.setattr(tokenizer, "decode", spy)
-    stream(tokenizer, ids + [min(tokenizer.special_ids)] * 100 + ids[:1] * 200)
+    stream(tokenizer, text * 100 + [special] * 100 + text[:1] * 200)
     assert longest <= 16
+    stream(tokenizer, broken * 500)
+    stream(tokenizer, [blank] * 500)
+    assert longest <= 2 * TextStream.LONGEST
 
 
 @pytest.mark.parametrize("value, expected", [(7, {1, 7}), ([1, 8], {1, 8}), (None, {1})])
