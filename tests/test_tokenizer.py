@@ -1,7 +1,7 @@
 """Claim: the tokenizer adds nothing and loses nothing, from either kind of file and one token at a time.
 
-The small byte-level tokenizers resemble the real ones: R1's role tokens and <think> with special=false, BOS and
-EOS with special=true, and (as in the distills) a post-processor that prepends BOS. Everything is exact.
+The small byte-level tokenizers resemble the real ones: R1's role tokens and <think> with special=false, BOS
+and EOS with special=true, and (as in the distills) a post-processor that prepends BOS. Everything is exact.
 """
 import json
 import random
