@@ -211,6 +211,9 @@ class Ranks:
 # ------------------------------------------------------------------------------------------------------------
 # 4. Command line
 
+MAX_NEW_TOKENS = 32_768             # R1's own limit in its evaluation
+CONVERSATION = 40_960               # tokens of a whole conversation: one longest answer, and 8,192 before it
+
 
 @dataclass(frozen=True)
 class Job:
@@ -228,29 +231,30 @@ class Job:
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Records with `prompt` or `messages`: JSON lines, or plain text with a prompt a line. Errors name the
-    line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    is_json = path.suffix == ".jsonl" or bool(lines) and lines[0].startswith("{")
-    records = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            raise ValueError(f"{where}: empty; each line is one prompt")
-        try:
-            record = json.loads(line) if is_json else {"prompt": line}
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-            raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
-        if "prompt" in record and not (isinstance(record["prompt"], str) and record["prompt"]):
-            raise ValueError(f"{where}: 'prompt' must be a text that is not empty")
-        if "messages" in record and not (isinstance(record["messages"], list) and record["messages"]):
-            raise ValueError(f"{where}: 'messages' must be a list that is not empty")
-        records.append(record)
-    if not records:
+    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
+    if lines == [""]:
         raise ValueError(f"{path}: holds no prompt")
-    return records
+    is_json = path.suffix == ".jsonl" or lines[0].startswith("{")
+    return [read_record(line, is_json, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_record(line: str, is_json: bool, where: str) -> dict:
+    if not line.strip():
+        raise ValueError(f"{where}: empty; each line is one prompt")
+    try:
+        record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+        raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
+    key, kind = ("prompt", str) if "prompt" in record else ("messages", list)
+    if not (isinstance(record[key], kind) and record[key]):
+        raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")
+    return record
 
 
 def as_messages(record: dict) -> list[dict]:
@@ -269,7 +273,7 @@ def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[di
         except ValueError as error:
             raise ValueError(f"{args.input_file}, line {number}: {error}") from None
     longest = max(map(len, prompts), default=0)
-    wanted = longest + args.max_new_tokens if prompts else args.max_new_tokens
+    wanted = longest + args.max_new_tokens if prompts else CONVERSATION
     max_seq_len = args.max_seq_len or min(wanted, cfg.context_len)
     if max_seq_len > cfg.context_len:
         raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
@@ -277,7 +281,7 @@ def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[di
         if len(prompt) >= max_seq_len:
             raise ValueError(f"{args.input_file}, line {number}: the prompt has {len(prompt)} tokens; with "
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4))
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "big")
     return Job(Sampling(args.temperature, args.top_p, seed), tokenizer.stop_ids, tokenizer.n_tokens,
                args.max_new_tokens, max_seq_len, max(1, min(args.batch_size, len(prompts))), prompts)
 
@@ -326,8 +330,7 @@ def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Rank
 
 
 def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] | None:
-    """Ask the user for the next message, append it, and return the whole conversation's ids; None to
-    leave."""
+    """Ask for the next message, append it, and return the whole conversation's ids; None to leave."""
     while True:
         try:
             line = input(">>> ").strip()
@@ -343,7 +346,12 @@ def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] |
             print(f"{line.split()[0]} is no command; there are /clear (new conversation) and /exit")
         elif line:
             messages.append({"role": "user", "content": line})
-            prompt = chat.encode(messages)
+            try:
+                prompt = chat.encode(messages)
+            except ValueError as error:
+                messages.pop()
+                print(f"({error})")
+                continue
             if len(prompt) < max_seq_len:
                 return prompt
             messages.pop()
@@ -354,7 +362,8 @@ def stream_answer(events: Iterator[Event], chat: Chat, messages: list[dict]) -> 
     """Print a completion as it comes; return its answer, without the reasoning, for the history."""
     thinking = chat.thinks(chat.render(messages))
     stream, parser, answer, reason = TextStream(chat.tokenizer), ReasoningParser(thinking), "", None
-    print("<think>" if thinking else "", flush=True)
+    if thinking:
+        print("<think>", flush=True)                # it stands in the prompt: the model writes what follows
     for event in events:
         text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if event.finish_reason else "")
         print(text, end="", flush=True)
@@ -374,18 +383,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--interactive", action="store_true", help="chat; /clear and /exit")
     mode.add_argument("--input-file", type=Path, metavar="FILE",
                       help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
-    parser.add_argument("--output-file", type=Path, metavar="FILE", help="JSON lines (default: standard output)")
+    parser.add_argument("--output-file", type=Path, metavar="FILE",
+                        help="JSON lines (default: standard output)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts that run together (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=32768, help="per answer (%(default)s)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens of prompt and answer together (default: what is "
-                        "needed, within the model's context)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="per answer (%(default)s)")
+    parser.add_argument("--max-seq-len", type=int,
+                        help="tokens of prompt and answer together (default: what is needed, up to the "
+                             f"model's context; interactive: {CONVERSATION})")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
                         help="auto: float32 if the checkpoint is, else bfloat16")
-    parser.add_argument("--fp8", choices=["dequant", "gemm"], default="dequant", help="FP8 weights: multiply in "
-                        "--dtype, or quantise the activations, too (%(default)s)")
+    parser.add_argument("--fp8", choices=["dequant", "gemm"], default="dequant",
+                        help="FP8 weights: multiply in --dtype, or quantise activations, too (%(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_seq_len"):
@@ -424,8 +435,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2
     if chat:
-        print(f"{rt.dtype} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a sequence, "
-              f"chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
+        print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
+              f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
     try:
         if args.interactive:
             run_interactive(model, job, chat, ranks)

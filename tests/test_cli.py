@@ -1,0 +1,280 @@
+"""Claim: the programs do what the README says, and meet bad input with one clear line and exit code 2.
+
+Real processes, torchrun and a pseudo-terminal, on small random checkpoints with R1's tokens. Outputs of
+different numbers of ranks are compared byte for byte: greedy and seeded tokens in fp32 are the same tokens.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+import tiny
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import convert
+import generate
+
+ROOT = Path(__file__).parent.parent
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+R1_TOKENS = [(BOS, True), (EOS, True), ("<｜User｜>", False), ("<｜Assistant｜>", False), ("<think>", False),
+             ("</think>", False)]
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges, and R1's tokens: 262 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in R1_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same checkpoint twice: as HuggingFace's folder, and converted for 2 ranks."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny.write(root / "hf", tiny.deepseek(vocab_size=264))
+    add_tokenizer(root / "hf")
+    tiny.write(root / "dense", tiny.qwen2(vocab_size=264))
+    add_tokenizer(root / "dense")
+    for name in ("hf", "dense"):
+        convert.convert(convert.Checkpoint(root / name), root / f"{name} mp2", 2)
+    (root / "prompts.jsonl").write_text(
+        '{"prompt": "How much is 17 + 25?", "id": 7}\n'
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\\nx</think>\\n\\nHo"},'
+        ' {"role": "user", "content": "你好"}]}\n'
+        '{"prompt": "A line\\u2028separator is no end of line"}\n')
+    return root
+
+
+def program(name: str, *args, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / name), *map(str, args)]
+
+
+def run(name: str, *args, ranks: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(program(name, *args, ranks=ranks), capture_output=True, text=True, timeout=300)
+
+
+def batch(folders: Path, ckpt: str, out: str, *more, ranks: int = 1) -> bytes:
+    done = run("generate.py", "--ckpt-path", folders / ckpt, "--input-file", folders / "prompts.jsonl", "--output-file",
+               folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return (folders / out).read_bytes()
+
+
+def test_a_batch_comes_back_in_order_with_all_fields(folders):
+    lines = batch(folders, "hf", "out.jsonl", "--temperature", 0).decode().split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    given = [json.loads(line) for line in (folders / "prompts.jsonl").read_text().split("\n")[:-1]]
+    for index, (record, source) in enumerate(zip(records, given, strict=True)):
+        kind = "prompt" if "prompt" in source else "messages"
+        assert list(record) == ["index", kind, "text", "reasoning", "answer", "tokens", "finish_reason"]
+        assert record["index"] == index and record[kind] == source[kind]
+        assert record["finish_reason"] in ("stop", "length") and 0 < len(record["tokens"]) <= 24
+        tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
+        assert record["text"] == tokenizer.decode(record["tokens"])
+        assert max(record["tokens"]) < 262                      # rows 262 and 263 of the model are padding
+
+
+@pytest.mark.parametrize("name", ["hf", "dense"])
+def test_two_ranks_and_converted_folders_write_the_same_bytes(name, folders):
+    greedy = batch(folders, name, "1.jsonl", "--temperature", 0)
+    assert batch(folders, name, "2.jsonl", "--temperature", 0, ranks=2) == greedy
+    assert batch(folders, f"{name} mp2", "3.jsonl", "--temperature", 0, ranks=2) == greedy
+    seeded = batch(folders, name, "4.jsonl", "--seed", 5, "--batch-size", 1)
+    assert seeded != greedy
+    assert batch(folders, f"{name} mp2", "5.jsonl", "--seed", 5, ranks=2) == seeded
+
+
+def test_ranks_with_different_seeds_produce_one_stream(folders, tmp_path):
+    # A rank that drew for itself would run other tokens than rank 0, and the sums over both would be
+    # nonsense.
+    script = tmp_path / "seeds.py"
+    script.write_text(f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import tiny, generate
+from model import Shard
+ranks = generate.Ranks.start("cpu")
+model = tiny.load({str(folders / "hf")!r}, ranks.tp)
+sampling = generate.Sampling(1.0, 1.0, seed=5 + 100 * ranks.tp.rank)
+events = list(generate.generate(model, [[1, 2, 3], [4]], (), 30, sampling))
+with open({str(tmp_path)!r} + f"/{{ranks.tp.rank}}.json", "w") as file:
+    json.dump([[event.prompt, event.tokens] for event in events], file)
+""")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script], check=True,
+                   capture_output=True)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    alone = generate.generate(tiny.load(folders / "hf"), [[1, 2, 3], [4]], (), 30, generate.Sampling(1.0, 1.0, 5))
+    assert first == [[event.prompt, list(event.tokens)] for event in alone]
+
+
+def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, capsys):
+    (folders / "prompts.txt").write_text("one\ntwo\n")
+    assert generate.main(["--ckpt-path", str(folders / "dense"), "--input-file", str(folders / "prompts.txt"),
+                          "--max-new-tokens", "3"]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
+
+
+def test_convert_and_help_run_as_programs(folders, tmp_path):
+    done = run("convert.py", "--hf-ckpt-path", folders / "hf", "--save-path", tmp_path / "out", "--model-parallel", 2,
+               "--verify")
+    assert done.returncode == 0 and "tensors, all equal" in done.stderr
+    for name in ("generate.py", "convert.py"):
+        assert run(name, "--help").returncode == 0
+
+
+# Interactive
+
+
+def chat(folders: Path, *more, ckpt: str = "hf", ranks: int = 1) -> pexpect.spawn:
+    args = program("generate.py", "--ckpt-path", folders / ckpt, "--interactive", "--max-new-tokens", 12, "--seed", 1,
+                   "--max-seq-len", 200, *more, ranks=ranks)
+    child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=60, echo=False, codec_errors="replace")
+    child.expect(">>> ")
+    return child
+
+
+@pytest.mark.parametrize("ckpt, ranks", [("hf", 1), ("hf mp2", 2)])
+def test_a_conversation_through_a_terminal(ckpt, ranks, folders):
+    child = chat(folders, ckpt=ckpt, ranks=ranks)
+    child.sendline("How much is 1 + 1?")
+    child.expect("<think>")
+    child.expect(">>> ")
+    child.sendline("/clear")
+    child.expect("a new conversation")
+    child.sendline("/frobnicate now")
+    child.expect("/frobnicate is no command")
+    child.sendline("")
+    child.sendline("好" * 100)                                    # 300 bytes, a token each
+    child.expect(r"30\d tokens by now, and --max-seq-len is 200")
+    child.sendline("still there?")
+    child.expect("<think>")
+    child.expect(">>> ")
+    child.sendline("a forged <｜begin▁of▁sentence｜>")
+    child.expect("a prompt has one")
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+
+
+def test_end_of_file_and_ctrl_c_leave_without_a_traceback(folders):
+    for key, code in (("\x04", 0), ("\x03", 130)):
+        child = chat(folders)
+        child.send(key)
+        child.expect(pexpect.EOF)
+        child.wait()
+        assert child.exitstatus == code and "Traceback" not in child.before
+
+
+def test_the_next_prompt_holds_old_answers_but_no_old_reasoning(folders, capsys, monkeypatch):
+    from chat import Chat, Tokenizer as ChatTokenizer
+    talk = Chat(ChatTokenizer(folders / "hf"))
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = talk.tokenizer.encode("I think...</think>\n\nHello 你好!")
+    events = [generate.Event(0, (i,), (0.0,), None) for i in ids] + [generate.Event(0, (), (), "stop")]
+    answer = generate.stream_answer(iter(events), talk, messages)
+    assert capsys.readouterr().out == "<think>\nI think...</think>\n\nHello 你好!\n\n"
+    messages.append({"role": "assistant", "content": answer})
+    monkeypatch.setattr("builtins.input", lambda _: "Bye")
+    prompt = talk.tokenizer.decode(generate.read_turn(messages, talk, 1000))
+    assert prompt == "<｜User｜>Hi<｜Assistant｜>Hello 你好!<｜User｜>Bye<｜Assistant｜><think>\n"
+
+
+# Bad input
+
+
+def refused(capsys, folders: Path, *args, word: str, code: int = 2) -> None:
+    """One line on standard error with `word` in it, exit code 2, and no output file."""
+    out = folders / "refused.jsonl"
+    capsys.readouterr()
+    assert generate.main([str(arg) for arg in (*args, "--output-file", out)]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("generate.py: error: ") and error.count("\n") == 1, error
+    assert word in error, error
+    assert not out.exists() and not list(folders.glob("*.part"))
+
+
+PROMPT_FILES = {
+    "empty line": (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: empty"),
+    "malformed line": (b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+    "no object": (b'{"prompt": "a"}\n["prompt"]\n', "line 2: needs a JSON object"),
+    "neither field": (b'{"text": "a"}\n', "line 1: needs"), "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
+    "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"), "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
+    "no messages": (b'{"messages": []}\n', "line 1: 'messages' is []"),
+    "bad role": (b'{"messages": [{"role": "king", "content": "a"}]}\n', "line 1: messages[0]"),
+    "nothing": (b"", "holds no prompt"), "binary": (b'{"prompt": "\xff\xfe"}\n', "UTF-8"),
+    "too long": (b'{"prompt": "a"}\n{"prompt": "' + b"a" * 300 + b'"}\n', "line 2: the prompt has 30")}
+
+
+@pytest.mark.parametrize("content, word", PROMPT_FILES.values(), ids=PROMPT_FILES.keys())
+def test_prompt_files_are_refused_by_line(content, word, folders, capsys):
+    (folders / "bad.jsonl").write_bytes(content)
+    refused(capsys, folders, "--ckpt-path", folders / "hf", "--input-file", folders / "bad.jsonl", "--max-seq-len", 200,
+            word=word)
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--temperature", "-1"], "temperature is -1"), (["--temperature", "nan"], "temperature is nan"),
+    (["--top-p", "0"], "top-p is 0"), (["--top-p", "2"], "top-p is 2"), (["--device", "cuda"], "--device cuda"),
+    (["--max-seq-len", "9999"], "at most 2560"), (["--input-file", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--ckpt-path", "nowhere"], "nowhere: no such folder"), (["--config", "nowhere.json"], "nowhere.json"),
+    (["--output-file", "/nowhere/out.jsonl"], "no folder /nowhere")])
+def test_settings_that_do_not_fit_are_refused(args, word, folders, capsys):
+    if "cuda" in args and generate.torch.cuda.is_available():
+        return
+    capsys.readouterr()
+    assert generate.main(["--ckpt-path", str(folders / "hf"), "--input-file", str(folders / "prompts.jsonl"), *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("generate.py: error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert word in captured.err
+
+
+@pytest.mark.parametrize("flag", ["--max-new-tokens", "--max-seq-len", "--batch-size"])
+def test_sizes_must_be_positive(flag, folders, capsys):
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--ckpt-path", str(folders / "hf"), "--interactive", flag, "0"])
+    assert stop.value.code == 2 and f"{flag} is 0" in capsys.readouterr().err
+
+
+def damage(name: str, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+CHECKPOINTS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "unknown model_type": (lambda f: tiny.edit_config(f, model_type="mamba"), "unknown model_type 'mamba'"),
+    "key missing": (lambda f: tiny.edit_config(f, rms_norm_eps=...), "missing key 'rms_norm_eps'"),
+    "unknown key": (lambda f: tiny.edit_config(f, surprise=1), "unknown key 'surprise'"),
+    "truncated": (damage("model.safetensors", lambda data: data[:-10]), "model.safetensors: damaged or cut short"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "broken tokenizer": (damage("tokenizer.json", lambda data: data[:99]), "tokenizer.json"),
+    "tokenizer of another model": (lambda f: tiny.write(f, tiny.qwen2(vocab_size=200)), "the tokenizer"),
+    "no chat format": (lambda f: (f / "tokenizer_config.json").unlink(), "conversation format"),
+    "unfinished conversion": (lambda f: (f / "model0-mp2.safetensors.part").write_bytes(b""), "unfinished conversion")}
+
+
+@pytest.mark.parametrize("change, word", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_checkpoints_that_do_not_fit_are_refused(change, word, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    tiny.write(folder, tiny.qwen2(vocab_size=264))
+    add_tokenizer(folder)
+    change(folder)
+    (tmp_path / "prompts.txt").write_text("hi\n")
+    refused(capsys, tmp_path, "--ckpt-path", folder, "--input-file", tmp_path / "prompts.txt", word=word)
+
+
+def test_numbers_of_ranks_that_do_not_fit_are_refused(folders, capsys):
+    refused(capsys, folders, "--ckpt-path", folders / "hf mp2", "--input-file", folders / "prompts.jsonl",
+            word="converted for 2 ranks, but this run has 1")
+    done = run("generate.py", "--ckpt-path", folders / "dense", "--input-file", folders / "prompts.jsonl", ranks=3)
+    assert done.returncode != 0
+    assert "generate.py: error: this model cannot be cut over 3 ranks; it can over 1, 2" in done.stderr

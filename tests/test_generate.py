@@ -1,0 +1,132 @@
+"""Claim: generate() completes every prompt as a plain loop over HuggingFace's model would, whoever runs
+beside it.
+
+Greedy tokens in fp32 are compared one by one: the logits differ by 1e-6, and the two best tokens of these
+models are never that close. Sampled tokens depend on (seed, prompt index) and on nothing else.
+"""
+import pytest
+import tiny
+import torch
+
+from generate import Event, Sampling, generate
+
+PROMPTS = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+           for n in (5, 60, 1, 17, 33, 2, 44)]
+
+
+@pytest.fixture(scope="module", params=[tiny.deepseek, tiny.qwen2], ids=["moe", "dense"])
+def both(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    return path, tiny.write(path, request.param())
+
+
+class Counting:
+    """A model that counts its forward passes and the tokens in them."""
+
+    def __init__(self, model):
+        self.model, self.cfg, self.rt, self.shapes = model, model.cfg, model.rt, []
+
+    def __call__(self, tokens, cache, last=None):
+        self.shapes.append(tuple(tokens.shape))
+        return self.model(tokens, cache, last)
+
+
+def complete(model, prompts=PROMPTS, stop_ids=(), new=20, sampling=Sampling(temperature=0), **more) -> list[list[int]]:
+    tokens = [[] for _ in prompts]
+    finished = set()
+    for event in generate(model, prompts, stop_ids, new, sampling, **more):
+        assert event.prompt not in finished
+        tokens[event.prompt] += event.tokens
+        if event.finish_reason:
+            finished.add(event.prompt)
+    assert finished == set(range(len(prompts)))
+    return tokens
+
+
+def plain_loop(hf, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
+    """Greedy decoding by running the whole sequence again for every token."""
+    ids, logprobs = list(prompt), []
+    for _ in range(new):
+        with torch.no_grad():
+            logits = hf(torch.tensor([ids])).logits[0, -1]
+        ids.append(logits.argmax().item())
+        logprobs.append(logits.log_softmax(-1)[ids[-1]].item())
+    return ids[len(prompt):], logprobs
+
+
+def test_greedy_tokens_and_their_log_probabilities_are_huggingfaces(both):
+    path, hf = both
+    expected = [plain_loop(hf, prompt, 20) for prompt in PROMPTS]
+    model = tiny.load(path, rows=3)
+    assert complete(model) == [tokens for tokens, _ in expected]
+    logprobs = [[] for _ in PROMPTS]
+    for event in generate(model, PROMPTS, (), 20, Sampling(temperature=0)):
+        logprobs[event.prompt] += event.logprobs
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor([lp for _, lp in expected]), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.9, seed=7)], ids=["greedy", "sampled"])
+def test_tokens_do_not_depend_on_batch_cache_or_chunks(both, sampling):
+    path, _ = both
+    expected = complete(tiny.load(path, rows=1), sampling=sampling)
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+    for settings in ({"rows": 2}, {"rows": 7}, {"rows": 20}, {"rows": 3, "prefill_chunk": 8},
+                     {"rows": 3, "max_seq_len": 90}):
+        assert complete(tiny.load(path, **settings), sampling=sampling) == expected
+
+
+def test_a_seed_repeats_and_another_seed_does_not(both):
+    model = tiny.load(both[0], rows=3)
+    first, again, other = (complete(model, sampling=Sampling(1.0, 1.0, seed)) for seed in (1, 1, 2))
+    assert first == again and all(a != b for a, b in zip(first, other))
+    same = complete(model, [PROMPTS[1]] * 3, sampling=Sampling(1.0, 1.0, 1))
+    assert len({tuple(tokens) for tokens in same}) == 3         # each prompt index has a stream of its own
+
+
+def test_finished_rows_are_refilled_and_idle_rows_cost_nothing(both):
+    path, _ = both
+    model = Counting(tiny.load(path, rows=3))
+    alone = complete(tiny.load(path, rows=1), new=40)
+    stops = {tokens[n] for tokens, n in zip(alone, (3, 30, 5, 9, 25, 2, 12))}   # unequal lengths
+    expected = [tokens[:next((i for i, t in enumerate(tokens) if t in stops), 40)] for tokens in alone]
+    assert complete(model, stop_ids=stops, new=40) == expected
+    decode = [rows for rows, n_new in model.shapes if n_new == 1 and rows > 1] + [
+        1 for rows, n_new in model.shapes if (rows, n_new) == (1, 1)]
+    assert max(decode) == 3
+    steps = sum(len(tokens) for tokens in expected)
+    # every row of every pass produces a token of some completion or its end: nothing idles, nothing is padded
+    assert sum(decode) - 1 <= steps <= sum(decode) + len(PROMPTS)
+
+
+def test_the_end_token_ends_a_completion_and_is_not_part_of_it(both):
+    model = tiny.load(both[0], rows=2)
+    free = complete(model, new=20)
+    stop = free[1][4]
+    events = [event for event in generate(model, [PROMPTS[1]], {stop}, 20, Sampling(temperature=0))]
+    first = free[1].index(stop)
+    assert [event.tokens for event in events] == [(token,) for token in free[1][:first]] + [()]
+    assert [event.finish_reason for event in events] == [None] * first + ["stop"]
+    assert events[-1] == Event(0, (), (), "stop")
+
+
+def test_length_ends_a_completion_at_max_new_tokens_and_at_the_end_of_the_cache(both):
+    path, _ = both
+    *_, last = generate(tiny.load(path), [PROMPTS[0]], (), 7, Sampling(temperature=0))
+    assert last.finish_reason == "length"
+    long = complete(tiny.load(path), [PROMPTS[0]], new=20)[0]
+    short = tiny.load(path, max_seq_len=5 + 9)
+    assert complete(short, [PROMPTS[0]], new=20)[0] == long[:9]
+    assert complete(short, [PROMPTS[0]], new=9)[0] == long[:9]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(both):
+    tokens = complete(tiny.load(both[0], rows=7), new=40, sampling=Sampling(2.0, 1.0, 3), n_tokens=50)
+    assert max(map(max, tokens)) < 50
+
+
+@pytest.mark.parametrize("prompts", [[[1], []], [[1], [1] * 256]], ids=["empty", "too long"])
+def test_a_prompt_that_does_not_fit_is_refused_before_any_work(both, prompts):
+    model = Counting(tiny.load(both[0]))
+    with pytest.raises(ValueError, match="prompt 1 has (0|256) tokens; 1 to 255 fit"):
+        next(generate(model, prompts, (), 5))
+    assert not model.shapes
