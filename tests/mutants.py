@@ -2,9 +2,8 @@
 
     python tests/mutants.py [WORD]      all mutants, or those whose description contains WORD
 
-Each mutant is a bug that a port of DeepSeek-R1 could have, and most have been seen in one. A copy of the
-project gets the edit and runs the tests named with it; tests that still pass mean that the suite does not
-prove what it says.
+Each mutant is a bug that a port of DeepSeek-R1 could have; many have been seen in one. A copy of the project
+gets the edit and runs the tests named with it. If these still pass, the suite does not prove what it says.
 """
 import os
 import shutil
@@ -16,51 +15,65 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MUTANTS = [     # description, file, original, replacement, tests that must fail
-    ("softmax scale without YaRN's mscale^2", "model.py", "** -0.5 * mscale ** 2", "** -0.5", "test_rope"),
-    ("YaRN's ramp ends one pair early", "model.py", "min(math.ceil(", "min(math.floor(", "test_rope"),
-    ("llama3 scaling forgets to slow long waves", "model.py", "* freqs / rope.factor + keep", "* freqs + keep",
-     "test_rope"),
-    ("RoPE pairs halves instead of neighbours", "model.py", "unflatten(-1, (-1, 2)).unbind(-1)",
-     "unflatten(-1, (2, -1)).unbind(-2)", "test_model_vs_hf"),
-    ("the latent is not normed", "model.py", "c_kv = self.kv_norm(c_kv)", "c_kv = c_kv", "test_model_vs_hf"),
-    ("rotary part of the query taken from the front", "model.py",
+MUTANTS = [     # description, file, original, replacement, test file that must fail
+    ("softmax scale without YaRN's mscale^2", "model.py",
+     "** -0.5 * mscale ** 2", "** -0.5", "test_rope"),
+    ("YaRN's ramp ends one pair early", "model.py",
+     "min(math.ceil(", "min(math.floor(", "test_rope"),
+    ("llama3 scaling forgets to slow long waves", "model.py",
+     "* freqs / rope.factor + keep", "* freqs + keep", "test_rope"),
+    ("RoPE pairs halves instead of neighbours", "model.py",
+     "unflatten(-1, (-1, 2)).unbind(-1)", "unflatten(-1, (2, -1)).unbind(-2)", "test_model_vs_hf"),
+    ("the latent is not normed", "model.py",
+     "c_kv = self.kv_norm(c_kv)", "c_kv = c_kv", "test_model_vs_hf"),
+    ("the rotary part of the query is taken from the front", "model.py",
      "q_nope, q_pe = q.split([self.d, self.r], dim=-1)", "q_pe, q_nope = q.split([self.r, self.d], dim=-1)",
      "test_model_vs_hf"),
-    ("keys and values of the absorbed form swapped", "model.py", '"bshc,hvc->bshv", o_c, w_v',
-     '"bshc,hvc->bshv", o_c, w_k', "test_attention"),
-    ("a query sees the token after it", "model.py", "device=device) <= positions", "device=device) <= 1 + positions",
+    ("absorbed attention puts the key projection on its output", "model.py",
+     '"bshc,hvc->bshv", o_c, w_v', '"bshc,hvc->bshv", o_c, w_k', "test_attention"),
+    ("a query sees the token after it", "model.py",
+     "device=device) <= positions", "device=device) <= 1 + positions", "test_model_vs_hf"),
+    ("a cloned row forgets its length", "model.py",
+     "        self.lengths[target] = length\n", "", "test_attention"),
+    ("the bias leaks into the experts' weights", "model.py",
+     "weights = scores.gather(1, experts)", "weights = (scores + self.bias).gather(1, experts)", "test_moe"),
+    ("dropped groups are masked with 0", "model.py",
+     "dropped[..., None], -math.inf)", "dropped[..., None], 0.0)", "test_moe"),
+    ("a group is judged by its best expert alone", "model.py",
+     "biased.topk(2, dim=-1)", "biased.topk(1, dim=-1)", "test_moe"),
+    ("route_scale forgotten", "model.py",
+     "return weights * moe.route_scale", "return weights", "test_moe"),
+    ("the shared expert counts twice", "model.py",
+     "y = self.shared(tokens).float()", "y = 2 * self.shared(tokens).float()", "test_moe"),
+    ("ranks do not add up the feed-forward", "model.py",
+     "all_reduce(self.ffn(self.ffn_norm(x)), self.tp)", "self.ffn(self.ffn_norm(x))", "test_parallel"),
+    ("an edge block of FP8 is forgotten", "kernel.py",
+     "return -(-size // BLOCK)", "return size // BLOCK", "test_fp8"),
+    ("one activation scale for all channels", "kernel.py",
+     "a_scale[..., i, None]", "a_scale[..., 0, None]", "test_fp8"),
+    ("an all-zero block divides by zero", "kernel.py",
+     ".clamp(min=1e-12)", "", "test_fp8"),
+    ("q and k keep HuggingFace's order", "convert.py",
+     "tensor.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2)", "tensor.unflatten(0, (entry.heads, 2, -1))",
      "test_model_vs_hf"),
-    ("the bias leaks into the experts' weights", "model.py", "weights = scores.gather(1, experts)",
-     "weights = (scores + self.bias).gather(1, experts)", "test_moe"),
-    ("dropped groups are masked with 0", "model.py", "dropped[..., None], -math.inf)", "dropped[..., None], 0.0)",
-     "test_moe"),
-    ("a group is judged by its best expert alone", "model.py", "biased.topk(2, dim=-1)", "biased.topk(1, dim=-1)",
-     "test_moe"),
-    ("route_scale forgotten", "model.py", "return weights * moe.route_scale", "return weights", "test_moe"),
-    ("the shared expert is added on top of its own sum", "model.py", "y = self.shared(tokens).float()",
-     "y = 2 * self.shared(tokens).float()", "test_moe"),
-    ("a cloned row forgets its length", "model.py", "        self.lengths[target] = length\n", "", "test_attention"),
-    ("ranks do not add up the feed-forward", "model.py", "all_reduce(self.ffn(self.ffn_norm(x)), self.tp)",
-     "self.ffn(self.ffn_norm(x))", "test_parallel"),
-    ("an edge block of FP8 is forgotten", "kernel.py", "return -(-size // BLOCK)", "return size // BLOCK",
-     "test_fp8"),
-    ("one activation scale for all channels", "kernel.py", "a_scale[..., i, None]", "a_scale[..., 0, None]",
-     "test_fp8"),
-    ("an all-zero block divides by zero", "kernel.py", ".clamp(min=1e-12)", "", "test_fp8"),
-    ("q and k keep HuggingFace's order", "convert.py", "tensor.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2)",
-     "tensor.unflatten(0, (entry.heads, 2, -1))", "test_model_vs_hf"),
-    ("every rank reads the first slice", "convert.py", "start = tp.rank * size", "start = 0", "test_convert"),
-    ("an unfinished conversion passes for finished", "convert.py", 'glob("model*-mp*.safetensors*")', 'glob("none")',
-     "test_convert"),
-    ("top-p drops the token on the boundary", "generate.py", "(mass - probs < sampling.top_p)",
-     "(mass < sampling.top_p)", "test_sampling"),
-    ("a finished row's place gets no cache", "generate.py",
+    ("every rank reads the first slice", "convert.py",
+     "start = tp.rank * size", "start = 0", "test_parallel"),
+    ("an unfinished conversion passes for finished", "convert.py",
+     'glob("model*-mp*.safetensors*")', 'glob("none")', "test_convert"),
+    ("a conversion continues the parts of another source", "convert.py",
+     "- 1 if file.read(len(header)) == header else 0", "- 1", "test_convert"),
+    ("top-p drops the token on the boundary", "generate.py",
+     "(mass - probs < sampling.top_p)", "(mass < sampling.top_p)", "test_sampling"),
+    ("the row that fills a gap leaves its cache behind", "generate.py",
      "        cache.copy_row(last, gap, rows[last].length)\n", "", "test_generate"),
-    ("the end token is part of the text", "generate.py", 'new = () if reason == "stop" else (token,)',
-     "new = (token,)", "test_generate"),
-    ("ranks draw tokens on their own", "generate.py", "    if tp.rank == 0:\n", "    if True:\n", "test_cli"),
-    ("old reasoning goes back into the prompt", "chat.py", "", "", "test_chat"),
+    ("the end token is part of the text", "generate.py",
+     'new = () if reason == "stop" else (token,)', "new = (token,)", "test_generate"),
+    ("ranks draw tokens on their own", "generate.py",
+     "    if tp.size > 1:     # ranks", "    if False:     # ranks", "test_cli"),
+    ("old reasoning goes back into the prompt", "chat.py",
+     "content.rpartition(END_THINK)[2]", "content", "test_chat"),
+    ("the post-processor's BOS comes on top of the format's", "chat.py",
+     "add_special_tokens=False", "add_special_tokens=True", "test_tokenizer"),
 ]
 
 
@@ -87,7 +100,9 @@ def main() -> int:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         outcomes = list(zip(chosen, pool.map(survives, chosen)))
     for (description, file, *_), outcome in outcomes:
-        print(f"{'SURVIVED' if outcome else 'killed'}  {file}: {description}" + (f"\n{outcome}" if outcome else ""))
+        print(f"{'SURVIVED' if outcome else 'killed  '}  {file}: {description}")
+        if outcome:
+            print(outcome)
     alive = sum(outcome is not None for _, outcome in outcomes)
     print(f"{len(outcomes) - alive} of {len(outcomes)} mutants killed")
     return 1 if alive else 0
