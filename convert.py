@@ -115,7 +115,7 @@ def read_json(path: Path, *keys: str) -> dict:
 
 
 def load_config(path: Path) -> Config:
-    """Read a config file, HuggingFace's (it has a model_type) or ours. ValueError names the file and the key."""
+    """Read a config file, HuggingFace's (it has a model_type) or ours. ValueError names file and key."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere")
     data = read_json(path)
@@ -440,7 +440,8 @@ def write_ranks(checkpoint: Checkpoint, out: Path, plans: list[list[Entry]], hea
     streams = [checkpoint.tensors(plan[done:], Shard(rank, ranks)) for rank, plan in enumerate(plans)]
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc="convert", unit="B", unit_scale=True,
-                                       total=sum(end[-1] for end in ends), initial=sum(end[done] for end in ends)))
+                                       total=sum(end[-1] for end in ends),
+                                       initial=sum(end[done] for end in ends)))
         files = [stack.enter_context(open(part, "r+b" if done else "wb")) for part in parts]
         for file, header, end in zip(files, headers, ends):
             file.write(header)

@@ -100,7 +100,8 @@ def test_two_tokens_at_once_can_be_taken_back(model):
 
 
 @pytest.mark.parametrize("name, n_bytes", [
-    ("config_671B.json", 70_272), ("configs/distill_qwen_1.5b.json", 28_672), ("configs/distill_qwen_7b.json", 57_344),
+    ("config_671B.json", 70_272), ("configs/distill_qwen_1.5b.json", 28_672),
+    ("configs/distill_qwen_7b.json", 57_344),
     ("configs/distill_qwen_14b.json", 196_608), ("configs/distill_qwen_32b.json", 262_144),
     ("configs/distill_llama_8b.json", 131_072), ("configs/distill_llama_70b.json", 327_680)])
 def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):

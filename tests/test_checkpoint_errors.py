@@ -43,14 +43,17 @@ def edit(path, change) -> None:
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 TENSOR_ERRORS = {
-    "one too many": (lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}), "model.layers.0.extra.weight"),
+    "one too many": (lambda t: t.update({"model.layers.0.extra.weight": torch.ones(2)}),
+                     "model.layers.0.extra.weight"),
     "one missing": (lambda t: t.pop(DOWN), DOWN),
     "wrong shape": (lambda t: t.update({DOWN: torch.ones(256, 64)}), "[256, 64]"),
     "another dtype": (lambda t: t.update({DOWN: torch.ones(256, 128, dtype=torch.int32)}), DOWN),
-    "one expert in another dtype": (lambda t: t.update({DOWN: t[DOWN].bfloat16()}), "experts.*.down_proj.weight differ"),
+    "one expert in another dtype": (lambda t: t.update({DOWN: t[DOWN].bfloat16()}),
+                                    "experts.*.down_proj.weight differ"),
     "fp8 without a quantization_config": (lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)}), DOWN),
     "more layers than the config says": (
-        lambda t: t.update({k.replace("layers.2", "layers.3"): v.clone() for k, v in t.items() if "layers.2" in k}),
+        lambda t: t.update({key.replace("layers.2", "layers.3"): tensor.clone()
+                            for key, tensor in t.items() if "layers.2" in key}),
         "model.layers.3."),
     "a layer 61 that is no mtp layer": (lambda t: t.update({"model.layers.61.enorm.weight": torch.ones(2)}),
                                         "model.layers.61.enorm.weight"),
@@ -66,9 +69,11 @@ def test_tensors_that_do_not_fit_are_refused_by_name(change, word, hf, capsys):
 FP8_ERRORS = {
     "missing scale": (lambda t: t.pop(DOWN + "_scale_inv"), DOWN + "_scale_inv is missing"),
     "scale of another shape": (lambda t: t.update({DOWN + "_scale_inv": torch.ones(1, 1)}), "[1, 1]"),
-    "scale of another dtype": (lambda t: t.update({DOWN + "_scale_inv": t[DOWN + "_scale_inv"].half()}), "float16"),
+    "scale of another dtype": (lambda t: t.update({DOWN + "_scale_inv": t[DOWN + "_scale_inv"].half()}),
+                               "float16"),
     "weight that is not fp8": (lambda t: t.update({DOWN: t[DOWN].bfloat16()}), "bfloat16"),
-    "scale without a weight": (lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(2)}), "model.norm"),
+    "scale without a weight": (lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(2)}),
+                               "model.norm"),
 }
 
 
@@ -97,7 +102,8 @@ def test_files_that_are_missing_or_damaged_are_refused_by_name(hf, capsys):
     tiny.split_file(hf, 3)
     file = sorted(hf.glob("*.safetensors"))[1]
     data = file.read_bytes()
-    for damaged in (data[:-1], data[:len(data) // 2], data[:5], b"", b"\x10" + b"\x00" * 7 + b"no json here ..."):
+    for damaged in (data[:-1], data[:len(data) // 2], data[:5], b"",
+                    b"\x10" + b"\x00" * 7 + b"no json here ..."):
         file.write_bytes(damaged)
         refused(hf, capsys, file.name, "cut short")
     file.unlink()

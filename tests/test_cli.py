@@ -45,7 +45,8 @@ def folders(tmp_path_factory):
         convert.convert(convert.Checkpoint(root / name), root / f"{name} mp2", 2)
     (root / "prompts.jsonl").write_text(
         '{"prompt": "How much is 17 + 25?", "id": 7}\n'
-        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\\nx</think>\\n\\nHo"},'
+        '{"messages": [{"role": "user", "content": "Hi"},'
+        ' {"role": "assistant", "content": "<think>\\nx</think>\\n\\nHo"},'
         ' {"role": "user", "content": "你好"}]}\n'
         '{"prompt": "A line\\u2028separator is no end of line"}\n')
     return root
@@ -61,7 +62,8 @@ def run(name: str, *args, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 def batch(folders: Path, ckpt: str, out: str, *more, ranks: int = 1) -> bytes:
-    done = run("generate.py", "--ckpt-path", folders / ckpt, "--input-file", folders / "prompts.jsonl", "--output-file",
+    done = run("generate.py", "--ckpt-path", folders / ckpt, "--input-file", folders / "prompts.jsonl",
+               "--output-file",
                folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return (folders / out).read_bytes()
@@ -107,11 +109,13 @@ events = list(generate.generate(model, [[1, 2, 3], [4]], (), 30, sampling))
 with open({str(tmp_path)!r} + f"/{{ranks.tp.rank}}.json", "w") as file:
     json.dump([[event.prompt, event.tokens] for event in events], file)
 """)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script], check=True,
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script],
+                   check=True,
                    capture_output=True)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    alone = generate.generate(tiny.load(folders / "hf"), [[1, 2, 3], [4]], (), 30, generate.Sampling(1.0, 1.0, 5))
+    alone = generate.generate(tiny.load(folders / "hf"), [[1, 2, 3], [4]], (), 30,
+                              generate.Sampling(1.0, 1.0, 5))
     assert first == [[event.prompt, list(event.tokens)] for event in alone]
 
 
@@ -123,7 +127,8 @@ def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, cap
 
 
 def test_convert_and_help_run_as_programs(folders, tmp_path):
-    done = run("convert.py", "--hf-ckpt-path", folders / "hf", "--save-path", tmp_path / "out", "--model-parallel", 2,
+    done = run("convert.py", "--hf-ckpt-path", folders / "hf", "--save-path", tmp_path / "out",
+               "--model-parallel", 2,
                "--verify")
     assert done.returncode == 0 and "tensors, all equal" in done.stderr
     for name in ("generate.py", "convert.py"):
@@ -134,7 +139,8 @@ def test_convert_and_help_run_as_programs(folders, tmp_path):
 
 
 def chat(folders: Path, *more, ckpt: str = "hf", ranks: int = 1) -> pexpect.spawn:
-    args = program("generate.py", "--ckpt-path", folders / ckpt, "--interactive", "--max-new-tokens", 12, "--seed", 1,
+    args = program("generate.py", "--ckpt-path", folders / ckpt, "--interactive", "--max-new-tokens", 12,
+                   "--seed", 1,
                    "--max-seq-len", 200, *more, ranks=ranks)
     child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=60, echo=False, codec_errors="replace")
     child.expect(">>> ")
@@ -206,8 +212,10 @@ PROMPT_FILES = {
     "empty line": (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: empty"),
     "malformed line": (b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
     "no object": (b'{"prompt": "a"}\n["prompt"]\n', "line 2: needs a JSON object"),
-    "neither field": (b'{"text": "a"}\n', "line 1: needs"), "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
-    "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"), "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
+    "neither field": (b'{"text": "a"}\n', "line 1: needs"),
+    "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
+    "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
+    "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
     "no messages": (b'{"messages": []}\n', "line 1: 'messages' is []"),
     "bad role": (b'{"messages": [{"role": "king", "content": "a"}]}\n', "line 1: messages[0]"),
     "nothing": (b"", "holds no prompt"), "binary": (b'{"prompt": "\xff\xfe"}\n', "UTF-8"),
@@ -217,13 +225,15 @@ PROMPT_FILES = {
 @pytest.mark.parametrize("content, word", PROMPT_FILES.values(), ids=PROMPT_FILES.keys())
 def test_prompt_files_are_refused_by_line(content, word, folders, capsys):
     (folders / "bad.jsonl").write_bytes(content)
-    refused(capsys, folders, "--ckpt-path", folders / "hf", "--input-file", folders / "bad.jsonl", "--max-seq-len", 200,
+    refused(capsys, folders, "--ckpt-path", folders / "hf", "--input-file", folders / "bad.jsonl",
+            "--max-seq-len", 200,
             word=word)
 
 
 @pytest.mark.parametrize("args, word", [
     (["--temperature", "-1"], "temperature is -1"), (["--temperature", "nan"], "temperature is nan"),
-    (["--top-p", "0"], "top-p is 0"), (["--top-p", "2"], "top-p is 2"), (["--device", "cuda"], "--device cuda"),
+    (["--top-p", "0"], "top-p is 0"), (["--top-p", "2"], "top-p is 2"),
+    (["--device", "cuda"], "--device cuda"),
     (["--max-seq-len", "9999"], "at most 2560"), (["--input-file", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--ckpt-path", "nowhere"], "nowhere: no such folder"), (["--config", "nowhere.json"], "nowhere.json"),
     (["--output-file", "/nowhere/out.jsonl"], "no folder /nowhere")])
@@ -231,9 +241,11 @@ def test_settings_that_do_not_fit_are_refused(args, word, folders, capsys):
     if "cuda" in args and generate.torch.cuda.is_available():
         return
     capsys.readouterr()
-    assert generate.main(["--ckpt-path", str(folders / "hf"), "--input-file", str(folders / "prompts.jsonl"), *args]) == 2
+    assert generate.main(["--ckpt-path", str(folders / "hf"), "--input-file", str(folders / "prompts.jsonl"),
+                          *args]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("generate.py: error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert captured.err.startswith("generate.py: error: ") and captured.err.count("\n") == 1
+    assert not captured.out
     assert word in captured.err
 
 
@@ -253,13 +265,15 @@ CHECKPOINTS = {
     "unknown model_type": (lambda f: tiny.edit_config(f, model_type="mamba"), "unknown model_type 'mamba'"),
     "key missing": (lambda f: tiny.edit_config(f, rms_norm_eps=...), "missing key 'rms_norm_eps'"),
     "unknown key": (lambda f: tiny.edit_config(f, surprise=1), "unknown key 'surprise'"),
-    "truncated": (damage("model.safetensors", lambda data: data[:-10]), "model.safetensors: damaged or cut short"),
+    "truncated": (damage("model.safetensors", lambda data: data[:-10]),
+                  "model.safetensors: damaged or cut short"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     "broken tokenizer": (damage("tokenizer.json", lambda data: data[:99]), "tokenizer.json"),
     "tokenizer of another model": (lambda f: tiny.write(f, tiny.qwen2(vocab_size=200)), "the tokenizer"),
     "no chat format": (lambda f: (f / "tokenizer_config.json").unlink(), "conversation format"),
-    "unfinished conversion": (lambda f: (f / "model0-mp2.safetensors.part").write_bytes(b""), "unfinished conversion")}
+    "unfinished conversion": (lambda f: (f / "model0-mp2.safetensors.part").write_bytes(b""),
+                              "unfinished conversion")}
 
 
 @pytest.mark.parametrize("change, word", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
@@ -275,6 +289,7 @@ def test_checkpoints_that_do_not_fit_are_refused(change, word, tmp_path, capsys)
 def test_numbers_of_ranks_that_do_not_fit_are_refused(folders, capsys):
     refused(capsys, folders, "--ckpt-path", folders / "hf mp2", "--input-file", folders / "prompts.jsonl",
             word="converted for 2 ranks, but this run has 1")
-    done = run("generate.py", "--ckpt-path", folders / "dense", "--input-file", folders / "prompts.jsonl", ranks=3)
+    done = run("generate.py", "--ckpt-path", folders / "dense", "--input-file", folders / "prompts.jsonl",
+               ranks=3)
     assert done.returncode != 0
     assert "generate.py: error: this model cannot be cut over 3 ranks; it can over 1, 2" in done.stderr

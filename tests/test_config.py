@@ -28,16 +28,22 @@ LEGAL = {"1.5b": [1, 2], "7b": [1, 2, 4], "671B": [1, 2, 4, 8, 16]}
 
 # config.json of DeepSeek-R1 as published, with its old-style keys
 R1_HF = dict(
-    architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
+    architectures=["DeepseekV3ForCausalLM"],
+    auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, num_hidden_layers=61,
+    num_attention_heads=128,
     num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-    v_head_dim=128, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1,
-    num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3, moe_layer_freq=1, norm_topk_prob=True,
+    v_head_dim=128, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3, moe_layer_freq=1,
+    norm_topk_prob=True,
     routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=1,
-    rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
+    rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, attention_dropout=0.0,
+    tie_word_embeddings=False,
     max_position_embeddings=163840, rope_theta=10000, torch_dtype="bfloat16", bos_token_id=0, eos_token_id=1,
     ep_size=1, initializer_range=0.02, transformers_version="4.46.3", use_cache=True, pretraining_tp=1,
-    rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
+    rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32,
+                      beta_slow=1,
                       mscale=1.0, mscale_all_dim=1.0),
     quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
                              weight_block_size=[128, 128]))
@@ -52,7 +58,8 @@ def dense_hf(family, dim, inter, layers, heads, kv_heads, vocab, theta, eps, **m
 
 QWEN = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=21, use_mrope=False)
 LLAMA = dict(attention_bias=False, mlp_bias=False, head_dim=128, rope_scaling=dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192))
 DISTILLS_HF = {
     "qwen_1.5b": dense_hf("qwen2", 1536, 8960, 28, 12, 2, 151936, 10000, 1e-6, **QWEN),
     "qwen_7b": dense_hf("qwen2", 3584, 18944, 28, 28, 4, 152064, 10000, 1e-6, **QWEN),
@@ -87,7 +94,8 @@ def test_legal_ranks(path):
     cfg = Config.from_json(path)
     expected = next((ranks for name, ranks in LEGAL.items() if path.stem.endswith("_" + name)), [1, 2, 4, 8])
     assert cfg.legal_ranks() == expected
-    with pytest.raises(ValueError, match=f"cannot be cut over 3 ranks; it can over {', '.join(map(str, expected))}"):
+    legal = ", ".join(map(str, expected))
+    with pytest.raises(ValueError, match=f"cannot be cut over 3 ranks; it can over {legal}"):
         Transformer(cfg, Runtime(tp=Shard(0, 3)))
 
 
@@ -102,7 +110,8 @@ def test_the_published_huggingface_configs_are_ours():
 
 
 def test_new_style_keys_mean_the_same():
-    new = {key: value for key, value in R1_HF.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    old = ("rope_theta", "rope_scaling", "torch_dtype")
+    new = {key: value for key, value in R1_HF.items() if key not in old}
     scaling = {key: value for key, value in R1_HF["rope_scaling"].items() if key != "type"}
     new |= dict(dtype="bfloat16", rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, **scaling},
                 head_dim=64, qk_head_dim=192, rope_interleave=True)
@@ -110,7 +119,8 @@ def test_new_style_keys_mean_the_same():
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(frobnicate=1), "frobnicate"), (dict(hidden_act="gelu"), "hidden_act"), (dict(model_type="mistral"), "mistral"),
+    (dict(frobnicate=1), "frobnicate"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(model_type="mistral"), "mistral"),
     (dict(scoring_func="softmax"), "scoring_func"), (dict(topk_method="greedy"), "topk_method"),
     (dict(attention_bias=True), "attention_bias"), (dict(rope_interleave=False), "rope_interleave"),
     (dict(rope_scaling=dict(type="dynamic", factor=2)), "dynamic"),
@@ -118,8 +128,10 @@ def test_new_style_keys_mean_the_same():
     (dict(rope_scaling=dict(R1_HF["rope_scaling"], truncate=False)), "truncate"),
     (dict(quantization_config=dict(quant_method="gptq")), "quant_method"),
     (dict(quantization_config=dict(quant_method="fp8", weight_block_size=[64, 64])), "weight_block_size"),
-    (dict(hidden_size=...), "hidden_size"), (dict(rope_theta=...), "rope_theta"), (dict(torch_dtype=...), "dtype"),
-    (dict(torch_dtype="int8"), "int8"), (dict(n_group=7), "n_expert_groups"), (dict(num_experts_per_tok=999), "999"),
+    (dict(hidden_size=...), "hidden_size"), (dict(rope_theta=...), "rope_theta"),
+    (dict(torch_dtype=...), "dtype"),
+    (dict(torch_dtype="int8"), "int8"), (dict(n_group=7), "n_expert_groups"),
+    (dict(num_experts_per_tok=999), "999"),
     (dict(vocab_size="many"), "vocab_size")])
 def test_a_huggingface_config_that_does_not_fit_is_refused_by_name(change, named):
     changed = {key: value for key, value in {**R1_HF, **change}.items() if value is not ...}
@@ -137,9 +149,11 @@ def test_a_dense_checkpoint_with_a_sliding_window_is_refused():
 @pytest.mark.parametrize("change, named", [
     (lambda d: d.update(surprise=1), "unknown key 'surprise'"),
     (lambda d: d["moe"].update(surprise=1), "unknown key 'moe.surprise'"),
-    (lambda d: d.pop("dim"), "missing key 'dim'"), (lambda d: d["mla"].pop("v_head_dim"), "missing key 'mla.v_head_dim'"),
+    (lambda d: d.pop("dim"), "missing key 'dim'"),
+    (lambda d: d["mla"].pop("v_head_dim"), "missing key 'mla.v_head_dim'"),
     (lambda d: d.update(dim="7168"), "key 'dim' is '7168'; it must be int"),
-    (lambda d: d.update(fp8=1), "key 'fp8' is 1; it must be bool"), (lambda d: d.update(mla=None), "'gqa' and 'mla'"),
+    (lambda d: d.update(fp8=1), "key 'fp8' is 1; it must be bool"),
+    (lambda d: d.update(mla=None), "'gqa' and 'mla'"),
     (lambda d: d.update(dtype="int4"), "int4"), (lambda d: d["rope"].update(kind="spiral"), "spiral"),
     (lambda d: d["mla"].update(qk_rope_head_dim=63), "63 must be even")])
 def test_our_own_config_is_strict_about_keys_and_types(change, named, tmp_path):

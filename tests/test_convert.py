@@ -25,13 +25,15 @@ from model import Runtime, Shard
 ROOT = Path(__file__).parent.parent
 # FP8 needs every cut on a block: 4 ranks of one 128-block each
 WIDE = dict(intermediate_size=512, moe_intermediate_size=512, num_attention_heads=8, num_key_value_heads=8)
-CONFIGS = {"r1": tiny.deepseek(**WIDE), "no q-lora, tied": tiny.deepseek(q_lora_rank=None, tie_word_embeddings=True),
+CONFIGS = {"r1": tiny.deepseek(**WIDE),
+           "no q-lora, tied": tiny.deepseek(q_lora_rank=None, tie_word_embeddings=True),
            "qwen2": tiny.qwen2(num_attention_heads=8, num_key_value_heads=4),
            "llama, tied": tiny.llama(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)}
 
 
 def run(source: Path, out: Path, ranks: int, *more: str) -> int:
-    return convert.main(["--hf-ckpt-path", str(source), "--save-path", str(out), "--model-parallel", str(ranks), *more])
+    return convert.main(["--hf-ckpt-path", str(source), "--save-path", str(out), "--model-parallel",
+                         str(ranks), *more])
 
 
 def loaded(folder: Path, rank: int, ranks: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -140,8 +142,9 @@ def test_tensors_that_need_no_change_stay_mapped_files(tmp_path):
 def mappings(file: Path) -> list[tuple[int, int]]:
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs Linux' /proc to see what is mapped")
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
-    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(file))]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]
 
 
 # Memory and interruption
@@ -174,7 +177,8 @@ def test_memory_stays_under_the_largest_tensor_and_a_fixed_allowance(large, tmp_
     total = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     largest = max(t.nbytes for file in large.glob("*.safetensors") for t in load_file(file).values())
     assert largest > 30e6 and total > 12 * largest
-    idle = peak_memory([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import convert"])
+    idle = peak_memory([sys.executable, "-c",
+                        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import convert"])
     used = peak_memory(command(large, tmp_path / "out")) - idle
     assert used < largest + 32e6                   # 32 MB for headers, plans and one rank's slice of a tensor
 

@@ -29,6 +29,11 @@ def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return scale.double()[rows][:, columns]
 
 
+def per_channel(scale: torch.Tensor, k: int) -> torch.Tensor:
+    """One float64 scale per channel [..., k] out of one per 128 of them."""
+    return scale.double().repeat_interleave(128, -1)[..., :k]
+
+
 def dequantised(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return q.double() * spread(scale, *q.shape)
 
@@ -72,8 +77,8 @@ def test_activations_have_a_scale_per_token_and_128_channels(k):
         block = slice(j * 128, (j + 1) * 128)
         expected = x[..., block].abs().amax(-1).clamp(min=1e-4) / 448
         torch.testing.assert_close(scale[..., j], expected, rtol=1e-6, atol=0)
-        back = q[..., block].double() * scale[..., j, None].double()
-        assert ((back - x[..., block]).abs() <= x[..., block].abs().double() / 16 + scale[..., j, None] * 2 ** -10).all()
+        error = (q[..., block].double() * scale[..., j, None].double() - x[..., block]).abs()
+        assert (error <= x[..., block].abs().double() / 16 + scale[..., j, None] * 2 ** -10).all()
 
 
 @pytest.mark.parametrize("m", [*range(18), 300])
@@ -81,7 +86,7 @@ def test_activations_have_a_scale_per_token_and_128_channels(k):
 def test_gemm_equals_the_float64_product_of_its_operands(m, n, k):
     a, a_scale = kernel.act_quant(noise(m, k, seed=1))
     w, w_scale = kernel.weight_quant(noise(n, k, seed=2))
-    expected = (a.double() * a_scale.double().repeat_interleave(128, -1)[:, :k]) @ dequantised(w, w_scale).T
+    expected = (a.double() * per_channel(a_scale, k)) @ dequantised(w, w_scale).T
     exact = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.float32)
     rounded = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.bfloat16)
     assert exact.shape == (m, n) and exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
@@ -94,7 +99,7 @@ def test_tiny_and_huge_weights_keep_their_precision(size):
     w, w_scale = kernel.weight_quant(noise(256, 256, seed=3).double().mul(size).float())
     if size > 1e-12:        # below, the scale is clamped and the weights fade to zero, as they should
         assert relative(dequantised(w, w_scale), noise(256, 256, seed=3).double() * size) < 0.03
-    expected = (a.double() * a_scale.double().repeat_interleave(128, -1)) @ dequantised(w, w_scale).T
+    expected = (a.double() * per_channel(a_scale, 256)) @ dequantised(w, w_scale).T
     assert relative(kernel.fp8_gemm(a, a_scale, w, w_scale, torch.float32), expected) <= 1e-6
 
 
@@ -112,7 +117,8 @@ def test_zero_blocks_and_subnormals_stay_finite_and_exact():
     every_code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = every_code[~every_code.float().isnan()]
     ones = torch.ones(1, 1)
-    assert torch.equal(kernel.weight_dequant(finite[:, None], ones.expand(2, 1), torch.float32), finite.float()[:, None])
+    assert torch.equal(kernel.weight_dequant(finite[:, None], ones.expand(2, 1), torch.float32),
+                       finite.float()[:, None])
 
 
 @pytest.mark.parametrize("bad", [torch.ones(4, 2), torch.ones(5, 1), torch.ones(5, 2, dtype=torch.float64)])
@@ -131,7 +137,8 @@ def test_a_scale_that_does_not_fit_is_an_error(bad):
 def dequantised_twin(path, out):
     """HuggingFace's model of the FP8 checkpoint in `path`, from weights dequantised by the formula above."""
     tensors = load_file(path / "model.safetensors")
-    plain = {key: (dequantised(t, tensors[key + "_scale_inv"]) if key + "_scale_inv" in tensors else t).float()
+    scales = {key.removesuffix("_scale_inv"): t for key, t in tensors.items() if key.endswith("_scale_inv")}
+    plain = {key: (dequantised(t, scales[key]) if key in scales else t).float()
              for key, t in tensors.items() if not key.endswith("_scale_inv")}
     out.mkdir()
     save_file(plain, out / "model.safetensors", metadata={"format": "pt"})
@@ -146,13 +153,15 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.std().clamp(min=1)
 
 
-@pytest.fixture(scope="module", params=[{}, {"kv_lora_rank": 512}, {"q_lora_rank": None, "n_shared_experts": 2}],
+@pytest.fixture(scope="module", params=[{}, {"kv_lora_rank": 512},
+                                        {"q_lora_rank": None, "n_shared_experts": 2}],
                 ids=["whole blocks", "576-row edge block", "no q-lora"])
 def checkpoint(request, tmp_path_factory):
     """An FP8 checkpoint with a zero block, in 3 files with scales away from their weights, and its oracle's
     logits."""
     path = tmp_path_factory.mktemp("fp8") / "checkpoint"
-    model = tiny.randomise(AutoModelForCausalLM.from_config(tiny.deepseek(**request.param), dtype=torch.float32))
+    config = tiny.deepseek(**request.param)
+    model = tiny.randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[128:256, :128] = 0
     model.save_pretrained(path)
@@ -186,8 +195,7 @@ def test_fp8_activations_give_the_logits_of_a_float64_linear_on_quantised_operan
     path, dequantised_logits = checkpoint
 
     def oracle(a, a_scale, w, w_scale, dtype):
-        k = w.shape[1]
-        exact = (a.double() * a_scale.double().repeat_interleave(128, -1)[..., :k]) @ dequantised(w, w_scale).T
+        exact = (a.double() * per_channel(a_scale, w.shape[1])) @ dequantised(w, w_scale).T
         return exact.to(dtype)
 
     model = tiny.load(path, fp8="gemm")
@@ -203,5 +211,5 @@ def test_a_linear_layer_on_fp8_activations_equals_the_float64_formula(checkpoint
     layer = tiny.load(path, fp8="gemm").layers[0].ffn.w2
     x = noise(9, 512)
     q, scale = kernel.act_quant(x)
-    expected = (q.double() * scale.double().repeat_interleave(128, -1)) @ dequantised(layer.weight, layer.scale).T
+    expected = (q.double() * per_channel(scale, 512)) @ dequantised(layer.weight, layer.scale).T
     assert relative(layer(x), expected) <= 1e-6

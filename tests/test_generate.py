@@ -31,7 +31,8 @@ class Counting:
         return self.model(tokens, cache, last)
 
 
-def complete(model, prompts=PROMPTS, stop_ids=(), new=20, sampling=Sampling(temperature=0), **more) -> list[list[int]]:
+def complete(model, prompts=PROMPTS, stop_ids=(), new=20, sampling=Sampling(temperature=0),
+             **more) -> list[list[int]]:
     tokens = [[] for _ in prompts]
     finished = set()
     for event in generate(model, prompts, stop_ids, new, sampling, **more):
@@ -62,10 +63,12 @@ def test_greedy_tokens_and_their_log_probabilities_are_huggingfaces(both):
     logprobs = [[] for _ in PROMPTS]
     for event in generate(model, PROMPTS, (), 20, Sampling(temperature=0)):
         logprobs[event.prompt] += event.logprobs
-    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor([lp for _, lp in expected]), rtol=0, atol=3e-5)
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor([lp for _, lp in expected]), rtol=0,
+                               atol=3e-5)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.9, seed=7)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.9, seed=7)],
+                         ids=["greedy", "sampled"])
 def test_tokens_do_not_depend_on_batch_cache_or_chunks(both, sampling):
     path, _ = both
     expected = complete(tiny.load(path, rows=1), sampling=sampling)

@@ -28,9 +28,11 @@ CASES = {
     "2 shared experts": tiny.deepseek(n_shared_experts=2),
     "no shared expert": tiny.deepseek(n_shared_experts=0),
     "tied embeddings": tiny.deepseek(tie_word_embeddings=True),
-    "ragged dimensions": tiny.deepseek(hidden_size=96, intermediate_size=160, moe_intermediate_size=48, q_lora_rank=40,
-                                       kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20),
-    "wide latent, absorbed only for decode": tiny.deepseek(kv_lora_rank=512, qk_nope_head_dim=32, v_head_dim=32),
+    "ragged dimensions": tiny.deepseek(hidden_size=96, intermediate_size=160, moe_intermediate_size=48,
+                                       q_lora_rank=40, kv_lora_rank=32, qk_nope_head_dim=24,
+                                       qk_rope_head_dim=16, v_head_dim=20),
+    "wide latent, absorbed only for decode": tiny.deepseek(kv_lora_rank=512, qk_nope_head_dim=32,
+                                                           v_head_dim=32),
     "no yarn": tiny.deepseek(rope_scaling=None),
     "mscale 0.707": tiny.deepseek(rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}),
     "mscale 1.0 over 0.707": tiny.deepseek(rope_scaling={**YARN, "mscale_all_dim": 0.707}),
@@ -43,7 +45,8 @@ CASES = {
     "all layers dense": tiny.deepseek(first_k_dense_replace=3),
     "qwen2": tiny.qwen2(),
     "qwen2 theta 1e6, tied": tiny.qwen2(rope_theta=1e6, tie_word_embeddings=True, rms_norm_eps=1e-5),
-    "qwen2 yarn": tiny.qwen2(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)),
+    "qwen2 yarn": tiny.qwen2(rope_scaling=dict(rope_type="yarn", factor=4.0,
+                                               original_max_position_embeddings=64)),
     "llama3 scaling": tiny.llama(),
     "llama without scaling": tiny.llama(rope_scaling=None),
     "llama tied, head_dim 32, all heads their own": tiny.llama(
@@ -101,7 +104,8 @@ def test_published_config_keys_mean_the_same_as_new_ones(tmp_path):
 
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_the_mtp_layer_is_left_out(n_layers, tmp_path):
-    theirs = reference(tiny.write(tmp_path, tiny.deepseek(num_hidden_layers=n_layers, first_k_dense_replace=0)))
+    config = tiny.deepseek(num_hidden_layers=n_layers, first_k_dense_replace=0)
+    theirs = reference(tiny.write(tmp_path, config))
     add_mtp_layer(tmp_path, n_layers)
     tiny.edit_config(tmp_path, num_nextn_predict_layers=1)
     assert_same(tiny.logits(tiny.load(tmp_path), TOKENS), theirs)
@@ -112,7 +116,8 @@ def add_mtp_layer(path, n_layers: int) -> None:
     last, mtp = f"model.layers.{n_layers - 1}.", f"model.layers.{n_layers}."
     tensors |= {key.replace(last, mtp): tensor + 1 for key, tensor in tensors.items() if key.startswith(last)}
     tensors |= {mtp + "enorm.weight": torch.ones(256), mtp + "hnorm.weight": torch.ones(256),
-                mtp + "eh_proj.weight": torch.ones(256, 512), mtp + "shared_head.norm.weight": torch.ones(256),
+                mtp + "eh_proj.weight": torch.ones(256, 512),
+                mtp + "shared_head.norm.weight": torch.ones(256),
                 mtp + "shared_head.head.weight": tensors["lm_head.weight"].clone(),
                 mtp + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -143,7 +148,8 @@ def test_bf16_is_as_close_to_fp32_as_huggingface_bf16_is(make, tmp_path):
     # again, and 9 of 10 expert sets must be the ones of fp32; a bug of tests/mutants.py moves the mean by
     # 0.15 and more.
     exact = reference(tiny.write(tmp_path, make()))
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16,
+                                                attn_implementation="eager").eval()
     if make is tiny.deepseek:
         half.set_experts_implementation("eager")
     model = tiny.load(tmp_path, dtype=torch.bfloat16)

@@ -27,7 +27,8 @@ CONFIGS = {
 RUNS = {   # checkpoint, settings
     "r1 fp32": ("r1", {}), "r1 bf16": ("r1", {"dtype": torch.bfloat16}),
     "r1 fp8 weights": ("r1 fp8", {}), "r1 fp8 activations": ("r1 fp8", {"fp8": "gemm"}),
-    "qwen2 fp32": ("qwen2", {}), "qwen2 bf16": ("qwen2", {"dtype": torch.bfloat16}), "llama fp32": ("llama, tied", {})}
+    "qwen2 fp32": ("qwen2", {}), "qwen2 bf16": ("qwen2", {"dtype": torch.bfloat16}),
+    "llama fp32": ("llama, tied", {})}
 
 
 def worker(rank: int, ranks: int, port: int, root: str) -> None:
@@ -93,8 +94,8 @@ def test_ranks_give_the_logits_of_one_rank(name, ranks, results):
             assert (ours - expected).abs().max() <= 1e-5 * expected.std().clamp(min=1)
 
 
-# In units of the logits' standard deviation. What the formats lose on these models: bf16 against fp32 0.033, FP8
-# activations against FP8 weights alone 0.12. Ranks that forget to add up the feed-forward are 0.43 and more off.
+# In units of the logits' standard deviation. What the formats lose on these models: bf16 against fp32 0.033,
+# FP8 activations against FP8 weights alone 0.12. Ranks that do not add up the feed-forward are 0.43 off.
 LOSS = {"bf16": 0.04, "fp8 activations": 0.05}
 
 

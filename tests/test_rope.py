@@ -58,7 +58,8 @@ def test_llama3_scaling_keeps_short_waves_slows_long_ones_and_blends_between():
     assert factor == 1.0
 
 
-@pytest.mark.parametrize("mscale, all_dim", [(1.0, 1.0), (0.707, 0.707), (1.0, 0.707), (1.0, None), (None, None)])
+@pytest.mark.parametrize("mscale, all_dim",
+                         [(1.0, 1.0), (0.707, 0.707), (1.0, 0.707), (1.0, None), (None, None)])
 def test_frequencies_and_factor_equal_huggingface(mscale, all_dim):
     scaling = {**tiny.YARN, "mscale": mscale, "mscale_all_dim": all_dim}
     hf = tiny.deepseek(rope_scaling={key: value for key, value in scaling.items() if value is not None})
