@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
         '{"messages": [{"role": "user", "content": "Hi"},'
         ' {"role": "assistant", "content": "<think>\\nx</think>\\n\\nHo"},'
         ' {"role": "user", "content": "你好"}]}\n'
-        '{"prompt": "A line\\u2028separator is no end of line"}\n')
+        '{"prompt": "A line\u2028separator is no end of line"}\n')
     return root
 
 
