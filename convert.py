@@ -35,8 +35,8 @@ from tqdm import tqdm
 import kernel
 from model import DTYPES, Config, Runtime, Shard, Transformer
 
-# Ours (the paper's symbol), HuggingFace's, and the axis of [out, in] that ranks cut: 0 outputs, 1 inputs,
-# None neither.
+# Ours: HuggingFace's, and the axis of [out, in] that ranks cut (0 outputs, 1 inputs, None neither). Comments:
+# the paper's symbol, its equation, and the order of rows where several matrices are stacked.
 TABLE = {
     "embed": ("model.embed_tokens", 0),
     "norm": ("model.norm", None),
@@ -47,17 +47,17 @@ TABLE = {
     "attn.wv": ("self_attn.v_proj", 0),
     "attn.wq_a": ("self_attn.q_a_proj", None),                  # W^DQ            V3 Eq. 6
     "attn.q_norm": ("self_attn.q_a_layernorm", None),
-    "attn.wq_b": ("self_attn.q_b_proj", 0),                   # W^UQ, W^QR      V3 Eq. 7, 8   per head [d | r]
-    "attn.wkv_a": ("self_attn.kv_a_proj_with_mqa", None),       # W^DKV, W^KR     V3 Eq. 1, 3   [c | r]
+    "attn.wq_b": ("self_attn.q_b_proj", 0),                     # W^UQ, W^QR      V3 Eq. 7, 8  per head [d|r]
+    "attn.wkv_a": ("self_attn.kv_a_proj_with_mqa", None),       # W^DKV, W^KR     V3 Eq. 1, 3  [c|r]
     "attn.kv_norm": ("self_attn.kv_a_layernorm", None),
-    "attn.wkv_b": ("self_attn.kv_b_proj", 0),                 # W^UK, W^UV      V3 Eq. 2, 5   per head [d | v]
+    "attn.wkv_b": ("self_attn.kv_b_proj", 0),                   # W^UK, W^UV      V3 Eq. 2, 5  per head [d|v]
     "attn.wo": ("self_attn.o_proj", 1),                         # W^O             V3 Eq. 11
     "ffn_norm": ("post_attention_layernorm", None),
     "ffn.w1": ("mlp.gate_proj", 0),
     "ffn.w2": ("mlp.down_proj", 1),
     "ffn.w3": ("mlp.up_proj", 0),
     "ffn.gate": ("mlp.gate", None),                             # e_i, b_i        V3 Eq. 15, 16
-    "ffn.experts.w1": ("mlp.experts.{e}.gate_proj", 0),         # FFN_i^(r)       V3 Eq. 12   ours: [e, ...]
+    "ffn.experts.w1": ("mlp.experts.{e}.gate_proj", 0),         # FFN_i^(r)       V3 Eq. 12    ours: [e, ...]
     "ffn.experts.w2": ("mlp.experts.{e}.down_proj", 1),
     "ffn.experts.w3": ("mlp.experts.{e}.up_proj", 0),
     "ffn.shared.w1": ("mlp.shared_experts.gate_proj", 0),       # FFN_i^(s)       V3 Eq. 12
