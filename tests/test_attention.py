@@ -17,11 +17,14 @@ ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(scope="module", params=[tiny.deepseek, tiny.llama], ids=["mla", "gqa"])
+@pytest.fixture(scope="module", params=["absorbed mla", "expanded mla", "gqa"])
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
-    tiny.write(path, request.param())
-    return tiny.load(path, rows=4)
+    tiny.write(path, tiny.llama() if request.param == "gqa" else tiny.deepseek())
+    made = tiny.load(path, rows=4)
+    for layer in made.layers:
+        layer.attn.absorb_up_to = 0 if request.param == "expanded mla" else 1000
+    return made
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -44,6 +47,11 @@ def test_chunks_and_single_tokens_equal_one_pass(model):
     whole = tiny.logits(model, TOKENS)
     assert_same(tiny.logits(model, TOKENS, [1] * 120), whole)
     assert_same(tiny.logits(model, TOKENS, [7, 50, 1, 62]), whole)
+
+
+def test_a_narrower_view_hands_fewer_slots_to_the_model(model):
+    view = Cache.allocate(model.cfg, model.rt).view(slice(1, 3), 17)
+    assert all(buffer.shape[:2] == (2, 17) for layer in view.layers for buffer in layer)
 
 
 def test_only_the_last_logits_are_computed_on_request(model):

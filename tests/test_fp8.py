@@ -91,6 +91,16 @@ def test_gemm_equals_the_float64_product_of_its_operands(m, n, k):
     rounded = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.bfloat16)
     assert exact.shape == (m, n) and exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert relative(exact, expected) <= 1e-6 and relative(rounded, expected) <= 4e-3
+    assert torch.equal(rounded, exact.bfloat16())           # summed in fp32, rounded once at the end
+
+
+def test_scales_are_clamped_where_the_official_code_clamps_them():
+    for largest, clamped in ((1e-3, 1e-3), (1.1e-4, 1.1e-4), (1e-6, 1e-4), (0.0, 1e-4)):
+        _, scale = kernel.act_quant(torch.full((1, 128), largest))
+        assert abs(scale.item() * 448 / clamped - 1) < 1e-6
+    for largest, expected in ((1e-9, 1e-9 / 448), (1e-20, 1e-12), (0.0, 1e-12)):
+        _, scale = kernel.weight_quant(torch.full((128, 128), largest))
+        assert abs(scale.item() / expected - 1) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1e-23, 1e-6, 1e6, 1e23])
