@@ -99,6 +99,13 @@ def test_legal_ranks(path):
         Transformer(cfg, Runtime(tp=Shard(0, 3)))
 
 
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_dense"])
+def test_the_tiny_shapes_can_be_cut_like_the_real_ones(name):
+    cfg = Config.from_json(ROOT / f"configs/{name}.json")
+    for ranks in (1, 2, 4):
+        assert Transformer(cfg, Runtime(tp=Shard(0, ranks))).cfg == cfg
+
+
 def test_dequantised_r1_can_use_32_ranks():
     assert 32 in replace(Config.from_json(R1), fp8=False).legal_ranks()
 

@@ -182,7 +182,7 @@ def test_memory_stays_under_the_largest_tensor_and_a_fixed_allowance(large, tmp_
     assert largest > 30e6 and total > 12 * largest
     args = command(large, tmp_path / "out")[2:]
     used = peak_memory(f"assert convert.main({args}) == 0") - peak_memory("")
-    assert 0 < used < largest + 32e6                    # 32 MB for headers, plans and one rank's slice of a tensor
+    assert 0 < used < largest + 32e6            # 32 MB for headers, plans and one rank's slice of a tensor
 
 
 def test_a_killed_conversion_passes_for_nothing_and_goes_on_where_it_stopped(large, tmp_path):
