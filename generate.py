@@ -118,18 +118,15 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             logits = model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]  # [b, vocab]
             for row in rows:
                 row.length += 1
-            advanced = rows
+            advanced = list(rows)
         tokens, logprobs = draw(logits, advanced, sampling, n_tokens, rt.tp)
-        finished = []
         for row, token, logprob in zip(advanced, tokens, logprobs):
             row.token, row.budget = token, row.budget - 1
             reason = "stop" if token in stop_ids else "length" if row.budget == 0 else None
             new = () if reason == "stop" else (token,)
             yield Event(row.prompt, new, (logprob,)[:len(new)], reason)
             if reason:
-                finished.append(row)
-        for row in finished:
-            drop_row(rows, row, cache)
+                drop_row(rows, row, cache)
 
 
 def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
