@@ -91,8 +91,7 @@ class Row:
 
 def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterable[int], max_new_tokens: int,
              sampling: Sampling = Sampling(), n_tokens: int | None = None) -> Iterator[Event]:
-    """Complete every prompt (token ids), model.rt.rows of them at a time; a row that ends is refilled at
-    once.
+    """Complete every prompt (token ids), model.rt.rows at a time; a row that ends is refilled at once.
 
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     or when prompt and completion fill rt.max_seq_len. Ids from `n_tokens` on (padding of the embedding) are
@@ -130,8 +129,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
 
 
 def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
-    """Run a prompt through an emptied cache of one row, a chunk at a time; logits [1, vocab] after its last
-    token.
+    """Run a prompt through an emptied cache of one row, in chunks; logits [1, vocab] after its last token.
 
     Chunks bound the memory of activations and scores; each pass sees no more slots than are filled.
     """
@@ -145,8 +143,7 @@ def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
 
 def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | None,
          tp: Shard) -> tuple[list[int], list[float]]:
-    """Rank 0 draws a token for each row of logits [b, vocab] and tells the others; tokens and
-    log-probabilities."""
+    """Rank 0 draws a token per row of logits [b, vocab] and tells the others; tokens, log-probabilities."""
     logits = logits[:, :n_tokens]                                               # without the padding's ids
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
     if tp.rank == 0:
@@ -159,8 +156,7 @@ def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | No
 
 
 def drop_row(rows: list[Row], row: Row, cache: Cache) -> None:
-    """Take a finished row out of the batch; the last row moves into the gap, so that rows 0 .. n-1 stay in
-    use."""
+    """Take a finished row out of the batch; the last row fills its gap, so rows 0 .. n-1 are in use."""
     gap, last = rows.index(row), len(rows) - 1
     if gap != last:
         cache.copy_row(last, gap, rows[last].length)
@@ -177,12 +173,11 @@ class Ranks:
     """This process among those that torchrun started; without torchrun, the only one."""
     tp: Shard
     device: torch.device
-    control: dist.ProcessGroup | None = None  # gloo, for Python objects; waits for a user as long as it takes
+    control: dist.ProcessGroup | None = None    # gloo; waits for a user, or for a slow disk, without end
 
     @classmethod
     def start(cls, device: str) -> "Ranks":
-        """Join the process group, NCCL on GPUs, gloo without. ValueError if a GPU is asked for and there is
-        none."""
+        """Join the process group, NCCL on GPUs, gloo without. ValueError if the device is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no GPU here; accepted here: cpu, auto")
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -203,6 +198,11 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def meet(self) -> None:
+        """Wait until every rank is here; loading may outlast the minutes after which NCCL gives up."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -428,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         rt = Runtime(device=ranks.device, dtype=dtype, fp8=args.fp8, tp=ranks.tp, rows=job.rows,
                      max_seq_len=job.max_seq_len)
         model = load_model(checkpoint, rt)
+        ranks.meet()
     except (ValueError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2

@@ -88,8 +88,7 @@ def fp8_gemm(a: torch.Tensor, a_scale: torch.Tensor, w: torch.Tensor, w_scale: t
 
 
 def check_scale(w: torch.Tensor, scale: torch.Tensor) -> None:
-    """ValueError unless w [n, k] is e4m3 and scale [nb, kb] fp32: a mismatch would silently scale wrong
-    blocks."""
+    """ValueError unless w [n, k] is e4m3 and scale [nb, kb] fp32: a mismatch would scale the wrong blocks."""
     expected = [n_blocks(size) for size in w.shape]
     if w.dtype != FP8 or scale.dtype != torch.float32 or list(scale.shape) != expected:
         raise ValueError(f"an e4m3 weight {list(w.shape)} needs an fp32 scale {expected}; "
