@@ -416,8 +416,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     return job, chat, records
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """The program after its arguments; returns the exit code. What a user can mend is one line on stderr."""
     try:
         ranks = Ranks.start(args.device)
         job, chat, records = prepare(args, ranks) if ranks.tp.rank == 0 else (None, None, [])
@@ -435,18 +435,23 @@ def main(argv: list[str] | None = None) -> int:
     if chat:
         print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
+    if args.interactive:
+        run_interactive(model, job, chat, ranks)
+    else:
+        run_batch(model, job, chat, records, args.output_file)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     try:
-        if args.interactive:
-            run_interactive(model, job, chat, ranks)
-        else:
-            run_batch(model, job, chat, records, args.output_file)
+        return run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     finally:
-        if ranks.tp.size > 1:
-            dist.destroy_process_group()
-    return 0
+        if dist.is_initialized():
+            dist.destroy_process_group()        # a process that exits with gloo's threads running is aborted
 
 
 if __name__ == "__main__":

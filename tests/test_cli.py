@@ -108,10 +108,10 @@ sampling = generate.Sampling(1.0, 1.0, seed=5 + 100 * ranks.tp.rank)
 events = list(generate.generate(model, [[1, 2, 3], [4]], (), 30, sampling))
 with open({str(tmp_path)!r} + f"/{{ranks.tp.rank}}.json", "w") as file:
     json.dump([[event.prompt, event.tokens] for event in events], file)
+generate.dist.destroy_process_group()
 """)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script],
-                   check=True,
-                   capture_output=True)
+                   check=True, capture_output=True)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     alone = generate.generate(tiny.load(folders / "hf"), [[1, 2, 3], [4]], (), 30,
