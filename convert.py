@@ -8,8 +8,7 @@ model{rank}-mp{N}.safetensors, and `load_model`, so that generate.py runs a Hugg
 one, with any legal number of ranks.
 
 Everything is checked from the files' headers before the first tensor is read: names, shapes, dtypes, FP8
-scales, that no file is missing or cut short, that N divides what it cuts, and that every key is used exactly
-once.
+scales, that no file is missing or cut short, that N divides what it cuts, and that every key is used once.
 """
 import argparse
 import hashlib
@@ -98,19 +97,21 @@ IGNORED = set("""architectures auto_map transformers_version _name_or_path _mode
     initializer_range attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
     ep_size num_nextn_predict_layers num_mtp_layers aux_loss_alpha seq_aux output_router_logits qk_head_dim
     sliding_window max_window_layers is_llama_config rope_interleaved transformers.js_config""".split())
+GROUPS = {"rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict, "layer_types": list}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
          "use_mrope": False, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
          "rope_interleave": True}
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has `keys`; ValueError names the file and what is wrong with it."""
+def read_json(path: Path, **kinds: type) -> dict:
+    """A JSON object whose keys are of these types; ValueError names the file and what is wrong with it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict) or not data.keys() >= set(keys):
-        raise ValueError(f"{path}: expected an object with the keys {', '.join(keys)}")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), kinds[key]) for key in kinds):
+        wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in kinds.items())
+        raise ValueError(f"{path}: must be a JSON object" + (f" with {wanted}" if kinds else ""))
     return data
 
 
@@ -141,13 +142,19 @@ def config_from_hf(data: dict) -> Config:
     if family not in ("deepseek_v3", "qwen2", "llama"):
         raise ValueError(f"unknown model_type {family!r}; known: deepseek_v3, qwen2, llama")
     ours = take(NAMES)
+    for name, value in ours.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"key {NAMES[name]!r} is {value!r}; it must be a positive number")
+    for key, kind in GROUPS.items():
+        if not isinstance(keys.get(key), kind | None):
+            raise ValueError(f"key {key!r} is {keys[key]!r}; it must be a {kind.__name__}")
     head_dim, kv_heads = keys.pop("head_dim", None), keys.pop("num_key_value_heads", None)
     if family == "deepseek_v3":             # its head_dim is the rotary part only, and MLA has no kv heads
         ours |= {"mla": take(MLA_NAMES), "moe": take(MOE_NAMES)}
     else:
         ours["gqa"] = {"n_kv_heads": kv_heads or ours["n_heads"], "qkv_bias": family == "qwen2",
                        "head_dim": head_dim or ours["dim"] // ours["n_heads"]}
-    if set(keys.pop("layer_types", ())) - {"full_attention"}:
+    if set(keys.pop("layer_types", None) or ()) - {"full_attention"}:
         raise ValueError("key 'layer_types' has more than 'full_attention'")
     ours |= {"tie_embeddings": keys.pop("tie_word_embeddings", False), "rope": _rope(keys),
              "dtype": keys.pop("torch_dtype", None) or take({"dtype": "dtype"})["dtype"],
@@ -197,26 +204,37 @@ def _is_block_fp8(quantization: dict | None) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours, and where it comes from."""
+    """One tensor of ours, this rank's part of it, and where it comes from."""
     name: str
-    keys: list[str]             # tensors of the source, one, or one per expert of a stack
-    shape: list[int]            # this rank's part, as the model declares it
-    dtype: torch.dtype          # as the source stores it, or as it leaves dequantisation
-    cut: int | None             # axis of one source tensor that the ranks share
-    heads: int                  # of this rank, if rows need RoPE's interleaved order; else 0
-    scales: list[str]           # scale of each key if it is dequantised on the way; else empty
+    keys: list[str]             # tensors of the source: one, or one per expert of a stack
+    shape: list[int]            # as the model declares it
+    dtype: torch.dtype          # as it leaves `Checkpoint.part`
+    cut: int | None = None      # axis of one source tensor that the ranks share
+    heads: int = 0              # of this rank, if rows need RoPE's interleaved order
+    scales: tuple = ()          # the scale of each key, if it is dequantised on the way
+
+
+def source_keys(name: str, experts: int) -> tuple[list[str], int | None]:
+    """HuggingFace's names of our tensor `name`, one or one per expert, and the axis that ranks cut."""
+    layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    theirs, cut = TABLE[module]
+    leaf = "e_score_correction_bias" if (module, leaf) == ("ffn.gate", "bias") else LEAVES[leaf]
+    key = f"model.layers.{layer}.{theirs}.{leaf}" if layer else f"{theirs}.{leaf}"
+    return [key.format(e=e) for e in range(experts)] if "{e}" in key else [key], cut
 
 
 class Checkpoint:
-    """A folder of weights, HuggingFace's or converted. Nothing but `tensors` reads a tensor."""
+    """A folder of weights, HuggingFace's or converted. Only `part` reads tensors, all else headers."""
 
     def __init__(self, folder: str | Path, config: str | Path | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         manifest = self.folder / MANIFEST
-        self.manifest = read_json(manifest, "model_parallel", "dtype", "files") if manifest.exists() else None
-        if self.manifest is None and any(self.folder.glob("model*-mp*.safetensors*")):
+        self.manifest = None
+        if manifest.exists():
+            self.manifest = read_json(manifest, model_parallel=int, dtype=str, files=dict)
+        elif any(self.folder.glob("model*-mp*.safetensors*")):
             raise ValueError(f"{folder}: an unfinished conversion (no {MANIFEST}); run convert.py again")
         self.cfg = load_config(Path(config) if config else self.folder / "config.json")
         self.files = self._list_files()
@@ -226,21 +244,22 @@ class Checkpoint:
 
     def _list_files(self) -> list[Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        sizes = {}
         if self.manifest:
-            names = sorted(self.manifest["files"])
+            names = sizes = self.manifest["files"]
         elif index.exists():
-            names = sorted(set(read_json(index, "weight_map")["weight_map"].values()))
+            names = set(map(str, read_json(index, weight_map=dict)["weight_map"].values()))
         elif single.exists():
             names = [single.name]
         else:
             raise FileNotFoundError(f"{self.folder}: neither {index.name} nor {single.name} in here")
-        if missing := [name for name in names if not (self.folder / name).exists()]:
-            raise FileNotFoundError(f"{self.folder / missing[0]}: no such file, one of {len(names)} listed")
-        for name in names if self.manifest else []:
-            size, written = (self.folder / name).stat().st_size, self.manifest["files"][name]
-            if size != written:
+        files = [self.folder / name for name in sorted(names)]
+        if missing := [file for file in files if not file.exists()]:
+            raise FileNotFoundError(f"{missing[0]}: no such file, one of {len(files)} listed")
+        for name, written in sizes.items():
+            if (size := (self.folder / name).stat().st_size) != written:
                 raise ValueError(f"{self.folder / name}: {size} bytes, but {written} were written")
-        return [self.folder / name for name in names]
+        return files
 
     def header(self, file: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Names, dtypes and shapes in one file. ValueError if it is cut short or no safetensors file."""
@@ -255,10 +274,11 @@ class Checkpoint:
                 raise ValueError(f"{file}: damaged or cut short ({error})") from None
         return self._headers[file]
 
-    def plan(self, model: Transformer) -> list[Entry]:
+    def plan(self, model: Transformer, as_stored: bool = False) -> list[Entry]:
         """What `model`, one rank's part on the meta device, takes from this folder, checked from the headers.
 
-        ValueError names the first tensor that is missing, left over, or of another shape or dtype.
+        Tensors get the dtypes that `model` declares, or keep those of the files if `as_stored`. ValueError
+        names the first tensor that is missing, left over, or of another shape or dtype.
         """
         wanted, tp = dict([*model.named_parameters(), *model.named_buffers()]), model.rt.tp
         files = self.files
@@ -273,37 +293,37 @@ class Checkpoint:
                 if key in self.where:
                     raise ValueError(f"{file}: tensor {key} is also in {self.where[key].name}")
                 self.where[key] = file
-        entries = [self._entry(name, t, tp) for name, t in wanted.items()]
-        self.notes = self._leftovers(self.where.keys() - {key for e in entries for key in e.keys + e.scales})
+        entries = [self._entry(name, t, tp, as_stored) for name, t in wanted.items()]
+        used = {key for entry in entries for key in (*entry.keys, *entry.scales)}
+        self.notes = self._leftovers(self.where.keys() - used)
         return entries
 
-    def _entry(self, name: str, t: Tensor, tp: Shard) -> Entry:
-        accepted = {kernel.FP8} if t.dtype == kernel.FP8 else HIGH_PRECISION
-        if name.endswith(".scale"):
-            accepted = {torch.float32}
+    def _entry(self, name: str, t: Tensor, tp: Shard, as_stored: bool) -> Entry:
+        exact = t.dtype == kernel.FP8 or name.endswith(".scale")
+        accepted, shape = {t.dtype} if exact else HIGH_PRECISION, list(t.shape)
         if self.manifest:
-            return Entry(name, [name], list(t.shape), self._check(name, list(t.shape), accepted), None, 0, [])
-        layer, module, leaf = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-        hf_module, cut = TABLE[module]
-        leaf = "e_score_correction_bias" if (module, leaf) == ("ffn.gate", "bias") else LEAVES[leaf]
-        key = f"model.layers.{layer}.{hf_module}.{leaf}" if layer else f"{hf_module}.{leaf}"
-        stacked = "{e}" in key
-        keys = [key.format(e=e) for e in range(t.shape[0] if stacked else 1)]
-        full = list(t.shape[1:] if stacked else t.shape)            # of one tensor of the source
+            stored = self._check(name, shape, accepted)
+            return Entry(name, [name], shape, stored if as_stored else t.dtype)
+        keys, cut = source_keys(name, experts=shape[0])
+        full = shape[-2:] if len(keys) > 1 else shape.copy()            # of one tensor of the source
         if cut is not None:
             full[cut] *= tp.size
-        may_dequantise = {kernel.FP8} if self.cfg.fp8 and leaf == "weight" else set()
-        dtypes = {self._check(key, full, accepted | may_dequantise) for key in keys}
-        if len(dtypes) > 1:
-            raise ValueError(f"{self.folder}: tensors {key.replace('{e}', '*')} differ in dtype")
-        dtype, scales = dtypes.pop(), []
-        if dtype == kernel.FP8 and t.dtype != kernel.FP8:
-            dtype, scales = t.dtype, [key + "_scale_inv" for key in keys]
+        if self.cfg.fp8 and name.endswith(".weight") and len(full) == 2:
+            accepted = accepted | {kernel.FP8}                          # it may be dequantised on the way
+        kinds = {self._check(key, full, accepted) for key in keys}
+        if len(kinds) > 1:
+            raise ValueError(f"{self.folder}: tensors {keys[0]} to {keys[-1]} differ in dtype")
+        stored, scales, heads = kinds.pop(), (), 0
+        if stored == kernel.FP8 and t.dtype != kernel.FP8:
+            scales = tuple(key + "_scale_inv" for key in keys)
             for scale in scales:
                 self._check(scale, [kernel.n_blocks(size) for size in full], {torch.float32})
-        rotary = self.cfg.gqa and module in ("attn.wq", "attn.wk")
-        heads = t.shape[0] // self.cfg.gqa.head_dim if rotary else 0
-        return Entry(name, keys, list(t.shape), dtype, cut, heads, scales)
+        if self.cfg.gqa and name.endswith((".wq.weight", ".wq.bias", ".wk.weight", ".wk.bias")):
+            heads = shape[0] // self.cfg.gqa.head_dim
+            if t.dtype == kernel.FP8:
+                raise ValueError(f"{self.folder}: {keys[0]} is FP8, whose rows cannot change places among "
+                                 f"their blocks; convert with --dtype bf16")
+        return Entry(name, keys, shape, stored if as_stored and not scales else t.dtype, cut, heads, scales)
 
     def _check(self, key: str, shape: list[int], accepted: set[torch.dtype]) -> torch.dtype:
         """The dtype of tensor `key`, if it is there, has this shape, and is stored in an accepted dtype."""
@@ -333,31 +353,31 @@ class Checkpoint:
                         f"training and speculative decoding" for layer, n in mtp.items()]
 
     def tensors(self, entries: list[Entry], tp: Shard) -> Iterator[tuple[Entry, int | None, Tensor]]:
-        """Read one rank's tensors: (entry, expert or None, tensor), experts of a stack one by one in order.
-
-        Only this rank's slices are touched, and a file is mapped no longer than a tensor of it is in use.
-        """
+        """One rank's tensors in order: (entry, expert or None, tensor), experts of a stack one by one."""
         for entry in entries:
             for e in range(len(entry.keys)):
-                tensor = self._part(entry, e, tp)
-                if entry.heads:                  # pairs (i, i + d/2) of a head become neighbours (2i, 2i + 1)
-                    tensor = tensor.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-                yield entry, e if len(entry.keys) > 1 else None, tensor
+                yield entry, e if len(entry.keys) > 1 else None, self.part(entry, e, tp)
 
-    def _part(self, entry: Entry, e: int, tp: Shard) -> Tensor:
+    def part(self, entry: Entry, e: int, tp: Shard) -> Tensor:
+        """Rank tp's slice of the e-th tensor of `entry`, in our row order and in entry.dtype.
+
+        No other rows or columns are read, and the file is mapped no longer than the tensor is in use.
+        """
         key, cut = entry.keys[e], entry.cut or 0
-        size = self.header(self.where[key])[key][1][cut]
-        start = 0
+        size, start = self.header(self.where[key])[key][1][cut], 0
         if entry.cut is not None:
             size //= tp.size
             start = tp.rank * size
         if not entry.scales:
-            return self._read(key, cut, start, start + size)
-        first, last = start // kernel.BLOCK, kernel.n_blocks(start + size)     # a cut may fall inside a block
-        weight = self._read(key, cut, first * kernel.BLOCK, last * kernel.BLOCK)
-        scale = self._read(entry.scales[e], cut, first, last)
-        weight = kernel.weight_dequant(weight, scale, entry.dtype)
-        return weight.narrow(cut, start - first * kernel.BLOCK, size)
+            tensor = self._read(key, cut, start, start + size)
+        else:                                   # whole blocks, as a cut may fall inside one
+            first, last = start // kernel.BLOCK, kernel.n_blocks(start + size)
+            tensor = kernel.weight_dequant(self._read(key, cut, first * kernel.BLOCK, last * kernel.BLOCK),
+                                           self._read(entry.scales[e], cut, first, last), entry.dtype)
+            tensor = tensor.narrow(cut, start - first * kernel.BLOCK, size)
+        if entry.heads:                         # pairs (i, i + d/2) of a head become neighbours (2i, 2i + 1)
+            tensor = tensor.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return tensor.to(entry.dtype)
 
     def _read(self, key: str, cut: int, start: int, stop: int) -> Tensor:
         with safe_open(self.where[key], "pt") as f:
@@ -365,18 +385,15 @@ class Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
-    """This rank's part of the model, ready to run. Tensors that need no cast, cut or copy stay mapped
-    files."""
+    """This rank's part of the model, ready to run. What needs no cast, cut or copy stays a mapped file."""
     model = Transformer(checkpoint.cfg, rt)
-    declared = model.state_dict()
     state: dict[str, Tensor] = {}
     for entry, expert, tensor in checkpoint.tensors(checkpoint.plan(model), rt.tp):
-        tensor = tensor.to(rt.device, declared[entry.name].dtype)
         if expert is None:
-            state[entry.name] = tensor
+            state[entry.name] = tensor.to(rt.device)
         else:
             if expert == 0:
-                state[entry.name] = torch.empty(entry.shape, dtype=tensor.dtype, device=rt.device)
+                state[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=rt.device)
             state[entry.name][expert] = tensor
     if checkpoint.cfg.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
@@ -399,26 +416,35 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     """Write `out`: one file per rank, then tokenizer, config and manifest. Memory: one tensor at a time.
 
     Files get their names when all are complete; an interrupted conversion goes on where it stopped. `dtype`
-    None keeps every tensor as it is stored; otherwise FP8 is dequantised, and everything but the gate's fp32
-    bias is cast to it. ValueError, before any output, if anything does not fit.
+    None keeps every tensor as it is stored; bfloat16 dequantises FP8, and casts all but the gate's fp32 bias.
+    ValueError, before any output, if anything does not fit.
     """
     if checkpoint.manifest or out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{checkpoint.folder}: convert from a HuggingFace folder into another one")
-    if ranks < 1:
-        raise ValueError(f"--model-parallel is {ranks}; it must be 1 or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file; --save-path must be a folder")
     cfg = checkpoint.cfg if dtype is None else replace(checkpoint.cfg, fp8=False, dtype="bfloat16")
-    plans, source = plan_ranks(checkpoint, cfg, ranks, dtype), fingerprint(checkpoint)
-    headers = [file_header(plan, f"{source} rank {rank}/{ranks}") for rank, plan in enumerate(plans)]
-    sizes = [len(header) + sum(map(n_bytes, plan)) for header, plan in zip(headers, plans)]
+    if ranks not in (legal := cfg.legal_ranks()):
+        raise ValueError(f"--model-parallel is {ranks}; this model can be cut over "
+                         f"{', '.join(map(str, legal))}")
+    source, shards = fingerprint(checkpoint), [Shard(rank, ranks) for rank in range(ranks)]
+    files = [RankFile.lay_out(out, tp, plan_rank(checkpoint, cfg, tp, dtype), source) for tp in shards]
     manifest = {"model_parallel": ranks, "source": source,
                 "dtype": "as stored" if dtype is None else cfg.dtype,
-                "files": {rank_file(rank, ranks): size for rank, size in enumerate(sizes)}}
+                "files": {file.path.name: file.ends[-1] for file in files}}
     if (out / MANIFEST).exists():
         if read_json(out / MANIFEST) != manifest:
             raise ValueError(f"{out}: holds another conversion; remove it or choose another folder")
+        Checkpoint(out)                 # ValueError if a file of it was lost or cut short since
         return
+    todo = [file for file in files if file.n_complete(file.path) < len(file.plan)]
+    finished = {file.path for file in files if file not in todo}
+    if others := sorted(set(out.glob("*.safetensors")) - finished):
+        raise ValueError(f"{others[0]}: of another checkpoint; remove it or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_ranks(checkpoint, out, plans, headers)
+    for stale in set(out.glob("model*-mp*.safetensors.part")) - {file.part for file in todo}:
+        stale.unlink()                  # left by an interrupted conversion for another number of ranks
+    write_ranks(checkpoint, todo)
     for name in COMPANIONS:
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, out / name)
@@ -428,80 +454,79 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     os.replace(out / (MANIFEST + ".part"), out / MANIFEST)
 
 
-def write_ranks(checkpoint: Checkpoint, out: Path, plans: list[list[Entry]], headers: list[bytes]) -> None:
-    """Stream all ranks' files side by side: a source tensor is read once and cut while it is in memory.
+def plan_rank(checkpoint: Checkpoint, cfg: Config, tp: Shard, dtype: torch.dtype | None) -> list[Entry]:
+    """One rank's entries in the order of its file: wide dtypes first, which keeps all tensors aligned."""
+    model = Transformer(cfg, Runtime(dtype=dtype or DTYPES[cfg.dtype], tp=tp))
+    return sorted(checkpoint.plan(model, as_stored=dtype is None), key=lambda entry: -entry.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A safetensors file to write: its first bytes, its tensors in order, and where each of them ends.
 
     Written by hand because the safetensors package can only write a file that is in memory as a whole.
     """
-    ranks = len(plans)
-    parts = [out / (rank_file(rank, ranks) + ".part") for rank in range(ranks)]
-    ends = [list(accumulate(map(n_bytes, plan), initial=len(header))) for plan, header in zip(plans, headers)]
-    done = min(map(n_complete, parts, headers, ends))
-    streams = [checkpoint.tensors(plan[done:], Shard(rank, ranks)) for rank, plan in enumerate(plans)]
+    path: Path
+    tp: Shard
+    plan: list[Entry]
+    header: bytes
+    ends: list[int]             # of the header, then of every tensor
+
+    @classmethod
+    def lay_out(cls, out: Path, tp: Shard, plan: list[Entry], source: str) -> "RankFile":
+        """A header is 8 bytes of length and JSON with each tensor's dtype, shape and place."""
+        names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+        sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in plan]
+        ends = list(accumulate(sizes, initial=0))
+        head: dict = {"__metadata__": {"format": "pt", "source": source}}
+        for entry, *place in zip(plan, ends, ends[1:]):
+            head[entry.name] = {"dtype": names[entry.dtype], "shape": entry.shape, "data_offsets": place}
+        text = json.dumps(head).encode()
+        text += b" " * (-len(text) % 8)
+        header = struct.pack("<Q", len(text)) + text
+        return cls(out / rank_file(tp.rank, tp.size), tp, plan, header, [len(header) + end for end in ends])
+
+    @property
+    def part(self) -> Path:
+        """Where it is written; it gets its name when it is complete."""
+        return self.path.with_name(self.path.name + ".part")
+
+    def n_complete(self, path: Path) -> int:
+        """How many tensors an earlier run with the same source, ranks and dtype left complete in `path`."""
+        if not path.exists():
+            return 0
+        header, size = self.header, path.stat().st_size
+        with open(path, "rb") as file:
+            return bisect_right(self.ends, size) - 1 if file.read(len(header)) == header else 0
+
+
+def write_ranks(checkpoint: Checkpoint, files: list[RankFile]) -> None:
+    """Stream all files side by side, so that the disk reads the source once; go on where all have data."""
+    done = min((file.n_complete(file.part) for file in files), default=0)
     with ExitStack() as stack:
+        handles = [stack.enter_context(open(file.part, "r+b" if done else "wb")) for file in files]
+        for file, handle in zip(files, handles):
+            handle.write(file.header)
+            handle.seek(file.ends[done])
+            handle.truncate()
         bar = stack.enter_context(tqdm(desc="convert", unit="B", unit_scale=True,
-                                       total=sum(end[-1] for end in ends),
-                                       initial=sum(end[done] for end in ends)))
-        files = [stack.enter_context(open(part, "r+b" if done else "wb")) for part in parts]
-        for file, header, end in zip(files, headers, ends):
-            file.write(header)
-            file.seek(end[done])
-            file.truncate()
-        for pieces in zip(*streams):
-            for file, (entry, _, tensor) in zip(files, pieces):
-                bar.update(file.write(as_bytes(tensor.to(entry.dtype)).numpy()))
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    for rank, part in enumerate(parts):
-        os.replace(part, out / rank_file(rank, ranks))
-
-
-def n_complete(part: Path, header: bytes, ends: list[int]) -> int:
-    """How many tensors an interrupted conversion of the same source left complete in `part`."""
-    if not part.exists():
-        return 0
-    with open(part, "rb") as file:
-        return bisect_right(ends, part.stat().st_size) - 1 if file.read(len(header)) == header else 0
-
-
-def plan_ranks(checkpoint: Checkpoint, cfg: Config, ranks: int,
-               dtype: torch.dtype | None) -> list[list[Entry]]:
-    """Every rank's entries in the order of its file: wide dtypes first, which keeps all of them aligned."""
-    plans = []
-    for rank in range(ranks):
-        model = Transformer(cfg, Runtime(dtype=dtype or DTYPES[cfg.dtype], tp=Shard(rank, ranks)))
-        plan = checkpoint.plan(model)
-        if dtype is not None:
-            declared = model.state_dict()
-            plan = [replace(entry, dtype=declared[entry.name].dtype) for entry in plan]
-        plans.append(sorted(plan, key=lambda entry: -entry.dtype.itemsize))
-    return plans
+                                       total=sum(file.ends[-1] for file in files),
+                                       initial=sum(file.ends[done] for file in files)))
+        for entries in zip(*(file.plan[done:] for file in files)):
+            for e in range(len(entries[0].keys)):
+                for file, handle, entry in zip(files, handles, entries):
+                    bar.update(handle.write(as_bytes(checkpoint.part(entry, e, file.tp)).numpy()))
+        for handle in handles:
+            handle.flush()
+            os.fsync(handle.fileno())
+    for file in files:
+        os.replace(file.part, file.path)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Identifies a source by its config and its files' names, sizes and times: enough to tell a resumed
-    conversion."""
+    """Identifies a source by its config and its files' names, sizes and times."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     return hashlib.sha256(repr((checkpoint.cfg, stats)).encode()).hexdigest()[:16]
-
-
-def n_bytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * entry.dtype.itemsize
-
-
-def file_header(plan: list[Entry], source: str) -> bytes:
-    """The head of a safetensors file: 8 bytes of length, then JSON with each tensor's dtype, shape and
-    place."""
-    names, offset = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}, 0
-    head: dict = {"__metadata__": {"format": "pt", "source": source}}
-    for entry in plan:
-        head[entry.name] = {"dtype": names[entry.dtype], "shape": entry.shape,
-                            "data_offsets": [offset, offset + n_bytes(entry)]}
-        offset += n_bytes(entry)
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -509,28 +534,30 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def verify(checkpoint: Checkpoint, out: Path) -> int:
-    """Put the ranks' parts together again and compare them with the source bit for bit; returns the number.
+    """Compare every tensor of the converted folder `out` with its source, bit for bit; returns their number.
 
-    ValueError names the first tensor that differs. FP8 that was dequantised is compared in that form.
+    Cuts whole source tensors and puts rows back into HuggingFace's order, so it shares no slicing with what
+    it checks. ValueError names the first tensor that differs. Dequantised FP8 is compared in that form.
     """
-    converted, count = Checkpoint(out), 0
-    ranks = converted.manifest["model_parallel"]
-    dtype = None if converted.manifest["dtype"] == "as stored" else DTYPES[converted.cfg.dtype]
-    plan = plan_ranks(checkpoint, converted.cfg, ranks, dtype)[0]
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(out / rank_file(rank, ranks), "pt")) for rank in range(ranks)]
-        for entry in tqdm(plan, desc="verify", unit="tensor"):
-            for _, e, source in checkpoint.tensors([replace(entry, heads=0)], Shard()):
-                stored = [file.get_slice(entry.name) for file in files]
-                parts = [part[:] if e is None else part[e] for part in stored]
+    manifest, cfg, count = Checkpoint(out).manifest, Checkpoint(out).cfg, 0
+    ranks, dtype = manifest["model_parallel"], None if manifest["dtype"] == "as stored" else DTYPES[cfg.dtype]
+    shards = [Shard(rank, ranks) for rank in range(ranks)]
+    folders = [Checkpoint(out) for _ in shards]             # each plans another rank's file
+    plans = [plan_rank(folder, cfg, tp, dtype) for folder, tp in zip(folders, shards)]
+    plan = plan_rank(checkpoint, cfg, shards[0], dtype)
+    for entry, *converted in tqdm(zip(plan, *plans), desc="verify", unit="tensor", total=len(plan)):
+        parts = [folder.part(mine, 0, Shard()) for folder, mine in zip(folders, converted)]
+        for e, key in enumerate(entry.keys):
+            whole = checkpoint.part(replace(entry, heads=0), e, Shard())
+            wanted = [whole] * ranks if entry.cut is None else whole.chunk(ranks, dim=entry.cut)
+            for tp, part, expected in zip(shards, parts, wanted):
+                part = part[e] if len(entry.keys) > 1 else part
                 if entry.heads:                         # back from RoPE's interleaved order to the halves
-                    split = (entry.heads, -1, 2)
-                    parts = [part.unflatten(0, split).transpose(1, 2).flatten(0, 2) for part in parts]
-                wholes = parts if entry.cut is None else [torch.cat(parts, dim=entry.cut)]
-                expected = as_bytes(source.to(entry.dtype))
-                if not all(torch.equal(as_bytes(whole), expected) for whole in wholes):
-                    raise ValueError(f"{out}: {entry.name} does not equal {entry.keys[e or 0]} of the source")
-                count += 1
+                    part = part.unflatten(0, (entry.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+                if part.dtype != expected.dtype or not torch.equal(as_bytes(part), as_bytes(expected)):
+                    raise ValueError(f"{out / rank_file(tp.rank, ranks)}: {entry.name} does not equal {key} "
+                                     f"of the source")
+            count += 1
     return count
 
 
@@ -540,10 +567,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write")
     parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="ranks that will run it")
     parser.add_argument("--dtype", choices=["bf16"], help="dequantise FP8, cast to bf16; default: as stored")
+    parser.add_argument("--config", type=Path, help="config file; default: the folder's config.json")
     parser.add_argument("--verify", action="store_true", help="compare every tensor written with its source")
     args = parser.parse_args(argv)
     try:
-        checkpoint = Checkpoint(args.hf_ckpt_path)
+        checkpoint = Checkpoint(args.hf_ckpt_path, args.config)
         convert(checkpoint, args.save_path, args.model_parallel, torch.bfloat16 if args.dtype else None)
         for note in checkpoint.notes:
             print(note, file=sys.stderr)

@@ -145,8 +145,8 @@ def routes(model, tokens: torch.Tensor) -> list[torch.Tensor]:
 def test_bf16_is_as_close_to_fp32_as_huggingface_bf16_is(make, tmp_path):
     # Rounding flips a few experts, and each flip moves single logits by 1 to 3, so the maximum says nothing.
     # The mean does: HuggingFace's own bf16 run is up to 0.04 off its fp32 run. Ours may be half as far again,
-    # and 9 of 10 expert sets must be those of fp32. A bias that leaks into the weights moves the mean by 0.07,
-    # most bugs by far more; what hides below, tests/test_rounding.py compares bit for bit.
+    # and 9 of 10 expert sets must be those of fp32. A bias that leaks into the weights moves the mean by
+    # 0.07, most bugs by far more; what hides below, tests/test_rounding.py compares bit for bit.
     exact = reference(tiny.write(tmp_path, make()))
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16,
                                                 attn_implementation="eager").eval()
