@@ -39,16 +39,12 @@ class Tokenizer:
             _read(folder / "tokenizer.model", self._open_sentencepiece)
         else:
             raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is here")
-        config = _read(folder / "tokenizer_config.json", _json_object)
-        self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
-        stop = _read(folder / "generation_config.json", _json_object).get("eos_token_id")
-        stop = stop if isinstance(stop, list) else [stop]
+        _read(folder / "tokenizer_config.json", self._open_config)
+        stop = _read(folder / "generation_config.json", _stop_ids)
         self.stop_ids = frozenset([*stop, self.eos and self.token_id(self.eos)]) - {None}
-        template = config.get("chat_template")
-        if isinstance(template, list):              # several templates, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         path = folder / "chat_template.jinja"       # a file of its own since 2025
-        self.chat_template = path.read_text(encoding="utf-8") if path.is_file() else template
+        if path.is_file():
+            self.chat_template = path.read_text(encoding="utf-8")
 
     def _open_json(self, path):
         self._json = tokenizers.Tokenizer.from_file(str(path))
@@ -65,10 +61,18 @@ class Tokenizer:
         self.special_ids = {i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)}
         self._special = {pieces.id_to_piece(i): i for i in self.special_ids}
 
+    def _open_config(self, path):
+        config = _json_object(path)
+        self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
+        template = config.get("chat_template")
+        if isinstance(template, list):              # several templates, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        self.chat_template = template
+
     def _named(self, config, key):
         token = config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
-        if token is not None and self.token_id(token) is None:
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {key} {token!r} is not a token")
+        if token is not None and (not isinstance(token, str) or self.token_id(token) is None):
+            raise ValueError(f"{key} {token!r} is not a token")
         return token
 
     def token_id(self, token):
@@ -103,6 +107,14 @@ def _json_object(path):
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
+def _stop_ids(path):
+    stop = _json_object(path).get("eos_token_id")
+    stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    if not all(type(i) is int for i in stop):
+        raise ValueError(f"eos_token_id is {stop}; it must be a token id or a list of them")
+    return stop
+
+
 class Chat:
     """The conversation format of one checkpoint.
 
@@ -130,6 +142,10 @@ class Chat:
             null = message.get("content") is None and role == "assistant" and message.get("tool_calls")
             if not isinstance(message.get("content"), str) and not null:
                 raise ValueError(f"messages[{i}].content: expected a string (null only with tool_calls)")
+            try:
+                (message.get("content") or "").encode()
+            except UnicodeEncodeError as error:     # half of a surrogate pair, or bytes that were not UTF-8
+                raise ValueError(f"messages[{i}].content: not valid Unicode ({error})") from None
         return (self._jinja if self.style == "jinja" else self._r1)(messages, add_generation_prompt)
 
     def encode(self, messages):
@@ -177,6 +193,8 @@ class Chat:
 
     def _calls(self, where, content, calls, called):
         text, end = "", CALLS_END + self.tokenizer.eos
+        if not isinstance(calls, list):
+            raise ValueError(f"{where}: expected a list; it is {calls!r}")
         for call in calls:
             try:
                 head = CALL_BEGIN + call["type"] + SEP + call["function"]["name"]

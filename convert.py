@@ -143,7 +143,7 @@ def config_from_hf(data: dict) -> Config:
         raise ValueError(f"unknown model_type {family!r}; known: deepseek_v3, qwen2, llama")
     ours = take(NAMES)
     for name, value in ours.items():
-        if not isinstance(value, (int, float)) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"key {NAMES[name]!r} is {value!r}; it must be a positive number")
     for key, kind in GROUPS.items():
         if not isinstance(keys.get(key), kind | None):
@@ -154,7 +154,7 @@ def config_from_hf(data: dict) -> Config:
     else:
         ours["gqa"] = {"n_kv_heads": kv_heads or ours["n_heads"], "qkv_bias": family == "qwen2",
                        "head_dim": head_dim or ours["dim"] // ours["n_heads"]}
-    if set(keys.pop("layer_types", None) or ()) - {"full_attention"}:
+    if any(kind != "full_attention" for kind in keys.pop("layer_types", None) or ()):
         raise ValueError("key 'layer_types' has more than 'full_attention'")
     ours |= {"tie_embeddings": keys.pop("tie_word_embeddings", False), "rope": _rope(keys),
              "dtype": keys.pop("torch_dtype", None) or take({"dtype": "dtype"})["dtype"],
@@ -175,7 +175,7 @@ def _rope(keys: dict) -> dict:
         raise ValueError("missing key 'rope_theta'")
     old_kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", old_kind)
-    if kind not in ROPE_NAMES:
+    if not isinstance(kind, str) or kind not in ROPE_NAMES:
         raise ValueError(f"rope type {kind!r} is not known; known: {', '.join(ROPE_NAMES)}")
     names = ROPE_NAMES[kind]
     if unknown := scaling.keys() - names.values():
@@ -270,7 +270,7 @@ class Checkpoint:
                     self._headers[file] = {
                         key: (SAFETENSORS_DTYPES.get(s.get_dtype(), s.get_dtype()), s.get_shape())
                         for key, s in slices.items()}
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: damaged or cut short ({error})") from None
         return self._headers[file]
 
@@ -369,17 +369,18 @@ class Checkpoint:
             size //= tp.size
             start = tp.rank * size
         if not entry.scales:
-            tensor = self._read(key, cut, start, start + size)
+            tensor = self.read(key, cut, start, start + size)
         else:                                   # whole blocks, as a cut may fall inside one
             first, last = start // kernel.BLOCK, kernel.n_blocks(start + size)
-            tensor = kernel.weight_dequant(self._read(key, cut, first * kernel.BLOCK, last * kernel.BLOCK),
-                                           self._read(entry.scales[e], cut, first, last), entry.dtype)
+            tensor = kernel.weight_dequant(self.read(key, cut, first * kernel.BLOCK, last * kernel.BLOCK),
+                                           self.read(entry.scales[e], cut, first, last), entry.dtype)
             tensor = tensor.narrow(cut, start - first * kernel.BLOCK, size)
         if entry.heads:                         # pairs (i, i + d/2) of a head become neighbours (2i, 2i + 1)
             tensor = tensor.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         return tensor.to(entry.dtype)
 
-    def _read(self, key: str, cut: int, start: int, stop: int) -> Tensor:
+    def read(self, key: str, cut: int, start: int, stop: int) -> Tensor:
+        """Rows (cut 0) or columns (cut 1) start to stop of a stored tensor, and nothing else of it."""
         with safe_open(self.where[key], "pt") as f:
             return f.get_slice(key)[start:stop] if cut == 0 else f.get_slice(key)[:, start:stop]
 
@@ -446,7 +447,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
         stale.unlink()                  # left by an interrupted conversion for another number of ranks
     write_ranks(checkpoint, todo)
     for name in COMPANIONS:
-        if (checkpoint.folder / name).exists():
+        if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
     groups = {key: value for key, value in asdict(cfg).items() if value is not None}
     (out / "config.json").write_text(json.dumps(groups, indent=2) + "\n")
@@ -546,12 +547,12 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
     plans = [plan_rank(folder, cfg, tp, dtype) for folder, tp in zip(folders, shards)]
     plan = plan_rank(checkpoint, cfg, shards[0], dtype)
     for entry, *converted in tqdm(zip(plan, *plans), desc="verify", unit="tensor", total=len(plan)):
-        parts = [folder.part(mine, 0, Shard()) for folder, mine in zip(folders, converted)]
         for e, key in enumerate(entry.keys):
             whole = checkpoint.part(replace(entry, heads=0), e, Shard())
             wanted = [whole] * ranks if entry.cut is None else whole.chunk(ranks, dim=entry.cut)
-            for tp, part, expected in zip(shards, parts, wanted):
-                part = part[e] if len(entry.keys) > 1 else part
+            for tp, folder, mine, expected in zip(shards, folders, converted, wanted):
+                stacked = len(entry.keys) > 1                       # one expert of a stack at a time
+                part = folder.read(mine.name, 0, e, e + 1)[0] if stacked else folder.part(mine, 0, Shard())
                 if entry.heads:                         # back from RoPE's interleaved order to the halves
                     part = part.unflatten(0, (entry.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
                 if part.dtype != expected.dtype or not torch.equal(as_bytes(part), as_bytes(expected)):
@@ -561,8 +562,15 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
     return count
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is one line, not the whole usage; --help has that."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Reshard a HuggingFace checkpoint for N ranks.")
+    parser = Parser(description="Reshard a HuggingFace checkpoint for N ranks.")
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="HuggingFace folder")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write")
     parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="ranks that will run it")
@@ -575,11 +583,17 @@ def main(argv: list[str] | None = None) -> int:
         convert(checkpoint, args.save_path, args.model_parallel, torch.bfloat16 if args.dtype else None)
         for note in checkpoint.notes:
             print(note, file=sys.stderr)
+        if not any((args.save_path / name).is_file() for name in COMPANIONS[:2]):
+            print(f"{args.hf_ckpt_path} has no tokenizer; put one into {args.save_path} before you generate",
+                  file=sys.stderr)
         if args.verify:
             print(f"verified {verify(checkpoint, args.save_path)} tensors, all equal", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"convert.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

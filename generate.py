@@ -12,10 +12,11 @@ those.
 """
 import argparse
 import json
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chat import Chat, ReasoningParser, TextStream, Tokenizer, split_reasoning
-from convert import Checkpoint, load_model
+from convert import Checkpoint, Parser, load_model
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -42,15 +43,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or from 0.001 to 1000")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p is {self.top_p}; it must be over 0 and at most 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
 
 
 def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
-    """Draw one token per row: logits fp32 [b, vocab], uniforms float64 [b] from [0, 1) -> token ids int64
-    [b].
+    """Draw one token per row: logits fp32 [b, vocab], uniforms float64 [b] from [0, 1) -> ids int64 [b].
 
     Nucleus sampling (arXiv 1904.09751): the most likely tokens whose mass reaches top_p, the one that crosses
     the line included, are renormalised. One uniform number picks from their cumulative distribution, so a
@@ -61,6 +63,7 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     probs, order = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     mass = probs.double().cumsum(dim=-1)                                       # [b, vocab], most likely first
     kept = (mass - probs < sampling.top_p).sum(dim=-1, keepdim=True)            # [b, 1] tokens in the nucleus
+    kept = kept.clamp(min=1)                            # none if the logits are NaN, which `draw` reports
     target = uniforms[:, None] * mass.gather(1, kept - 1)
     picked = (mass <= target).sum(dim=-1, keepdim=True).minimum(kept - 1)       # [b, 1]
     return order.gather(1, picked)[:, 0]
@@ -143,7 +146,10 @@ def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
 
 def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | None,
          tp: Shard) -> tuple[list[int], list[float]]:
-    """Rank 0 draws a token per row of logits [b, vocab] and tells the others; tokens, log-probabilities."""
+    """Rank 0 draws a token per row of logits [b, vocab] and tells the others; tokens, log-probabilities.
+
+    FloatingPointError if a logit is NaN: damaged weights, or an overflow, would otherwise look like text.
+    """
     logits = logits[:, :n_tokens]                                               # without the padding's ids
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
     if tp.rank == 0:
@@ -151,8 +157,10 @@ def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | No
         tokens = sample(logits, sampling, uniforms)
     if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding difference
         dist.broadcast(tokens, src=0, group=tp.group)
-    logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-    return tokens.tolist(), logprobs.tolist()
+    logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
+    if any(map(math.isnan, logprobs)):
+        raise FloatingPointError("the model's logits are not numbers: are its weights or its config damaged?")
+    return tokens.tolist(), logprobs
 
 
 def drop_row(rows: list[Row], row: Row, cache: Cache) -> None:
@@ -199,10 +207,23 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def meet(self) -> None:
-        """Wait until every rank is here; loading may outlast the minutes after which NCCL gives up."""
+    def together(self, work: Callable):
+        """work() on every rank; its result, or on all ranks the ValueError that one of them met.
+
+        Also where ranks wait for each other: loading may outlast the minutes after which NCCL gives up.
+        """
+        result = error = None
+        try:
+            result = work()
+        except (ValueError, OSError) as problem:
+            error = str(problem) if self.tp.rank == 0 else f"rank {self.tp.rank}: {problem}"
+        errors = [error]
         if self.control is not None:
-            dist.barrier(group=self.control)
+            errors = [None] * self.tp.size
+            dist.all_gather_object(errors, error, group=self.control)
+        if met := [error for error in errors if error]:
+            raise ValueError(met[0])
+        return result
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def read_prompts(path: Path) -> list[dict]:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
     if lines == [""]:
         raise ValueError(f"{path}: holds no prompt")
-    is_json = path.suffix == ".jsonl" or lines[0].startswith("{")
+    is_json = path.suffix in (".jsonl", ".json") or lines[0].startswith("{")
     return [read_record(line, is_json, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -244,7 +265,7 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
         raise ValueError(f"{where}: empty; each line is one prompt")
     try:
         record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
@@ -308,8 +329,11 @@ def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dic
         print("\n".join(lines))
     else:
         part = out.with_name(out.name + ".part")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        try:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)        # gone already, unless writing failed
 
 
 def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks) -> None:
@@ -334,6 +358,9 @@ def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] |
         except EOFError:
             print()
             return None
+        except UnicodeDecodeError as error:
+            print(f"(not UTF-8: {error})")
+            continue
         if line == "/exit":
             return None
         if line == "/clear":
@@ -367,12 +394,12 @@ def stream_answer(events: Iterator[Event], chat: Chat, messages: list[dict]) -> 
         pieces = parser.feed(text) + (parser.flush() if event.finish_reason else [])
         answer += "".join(piece for kind, piece in pieces if kind == "answer")
         reason = event.finish_reason
-    print("\n(stopped: no room for more tokens)" if reason == "length" else "", end="\n\n")
+    print("\n(stopped at the limit of tokens)" if reason == "length" else "", end="\n\n")
     return answer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate text with DeepSeek-R1 or one of its distills.")
+    parser = Parser(description="Generate text with DeepSeek-R1 or one of its distills.")
     parser.add_argument("--ckpt-path", type=Path, required=True, metavar="DIR",
                         help="HuggingFace folder, or one that convert.py wrote")
     parser.add_argument("--config", type=Path, help="config file, if DIR has none, such as config_671B.json")
@@ -399,6 +426,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "max_new_tokens", "max_seq_len"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    if args.interactive and args.output_file:
+        parser.error("--output-file goes with --input-file, not with --interactive")
     return args
 
 
@@ -406,6 +435,10 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     """Everything that can go wrong before weights are read, in the order of its cost. Rank 0 only."""
     if args.output_file and not args.output_file.absolute().parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: there is no folder {args.output_file.parent}")
+    if args.output_file and args.output_file.is_dir():
+        raise ValueError(f"--output-file {args.output_file}: a folder; it must be a file")
+    if args.output_file and args.output_file.exists() and args.output_file.samefile(args.input_file):
+        raise ValueError(f"--output-file {args.output_file}: the same as --input-file; it would be lost")
     records = read_prompts(args.input_file) if args.input_file else []
     checkpoint = Checkpoint(args.ckpt_path, args.config)
     checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
@@ -416,30 +449,44 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     return job, chat, records
 
 
+def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> Transformer:
+    """This rank's part of the model, with the cache that the job needs."""
+    checkpoint = Checkpoint(args.ckpt_path, args.config)
+    auto = "float32" if checkpoint.cfg.dtype == "float32" else "bfloat16"
+    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
+    rt = Runtime(device=ranks.device, dtype=dtype, fp8=args.fp8, tp=ranks.tp, rows=job.rows,
+                 max_seq_len=job.max_seq_len)
+    return load_model(checkpoint, rt)
+
+
 def run(args: argparse.Namespace) -> int:
     """The program after its arguments; returns the exit code. What a user can mend is one line on stderr."""
     try:
         ranks = Ranks.start(args.device)
-        job, chat, records = prepare(args, ranks) if ranks.tp.rank == 0 else (None, None, [])
+        first = ranks.tp.rank == 0
+        job, chat, records = ranks.together(lambda: prepare(args, ranks) if first else (None, None, []))
         job = ranks.share(job)
-        checkpoint = Checkpoint(args.ckpt_path, args.config)
-        auto = "float32" if checkpoint.cfg.dtype == "float32" else "bfloat16"
-        dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
-        rt = Runtime(device=ranks.device, dtype=dtype, fp8=args.fp8, tp=ranks.tp, rows=job.rows,
-                     max_seq_len=job.max_seq_len)
-        model = load_model(checkpoint, rt)
-        ranks.meet()
+        model = ranks.together(lambda: load(args, job, ranks))
     except (ValueError, OSError) as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     if chat:
+        rt = model.rt
         print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
-    if args.interactive:
-        run_interactive(model, job, chat, ranks)
-    else:
-        run_batch(model, job, chat, records, args.output_file)
+    try:
+        if args.interactive:
+            run_interactive(model, job, chat, ranks)
+        else:
+            run_batch(model, job, chat, records, args.output_file)
+    except (OSError, FloatingPointError) as error:
+        return fail(error)
     return 0
+
+
+def fail(error: Exception) -> int:
+    if int(os.environ.get("RANK", 0)) == 0:             # all ranks know of it; one says it
+        print(f"generate.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:

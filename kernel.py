@@ -1,16 +1,15 @@
 """Block-wise FP8, the number format of DeepSeek-V3 and R1 (V3 section 3.3): what it is, in plain PyTorch.
 
-An e4m3 number has 4 exponent and 3 mantissa bits: it spans 2^-9 ... 448 with about 6 % between neighbours. A
-whole weight matrix does not fit into so narrow a range, so every small block gets a scale s of its own,
-chosen so that its largest element lands on 448:
+An e4m3 number has 4 exponent and 3 mantissa bits: it spans 2^-9 ... 448 and rounds by up to 1/16 of itself.
+A whole weight matrix does not fit into so narrow a range, so every small block gets a scale s of its own,
+chosen so that its largest element lands on 448: q = w / s, s = max|w| / 448.
 
-    weights       one fp32 scale per 128 x 128 block       q = w / s,  s = max|w| / 448      stored in the
-    checkpoint activations   one fp32 scale per token and 128 channels
-    computed on the fly
+    weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
+    activations    one fp32 scale per token and 128 channels        computed on the fly
 
 A product of blocks k of A and W is then s_a[k] * s_w[k] * (q_a[k] . q_w[k]): the inner dot product runs on
-FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32 (V3
-Fig. 7).
+FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32
+(V3 Fig. 7).
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself.
 Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128).
@@ -24,8 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def n_blocks(size: int) -> int:
-    """Blocks along an axis of `size` elements; the last one may be ragged (R1's wkv_a: 576 rows = 4.5
-    blocks)."""
+    """Blocks along an axis of `size` elements; the last may be ragged (R1's wkv_a: 576 rows = 4.5 blocks)."""
     return -(-size // BLOCK)
 
 
@@ -55,10 +53,9 @@ def weight_quant(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weight_dequant(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Undo weight_quant: q [n, k] e4m3, scale [nb, kb] fp32 -> w [n, k] of `dtype`, multiplied in fp32,
-    rounded once.
+    """Undo weight_quant: q [n, k] e4m3, scale [nb, kb] fp32 -> w [n, k] of `dtype`.
 
-    Works through one row of blocks at a time, so the fp32 copy never exceeds 128 rows.
+    Multiplied in fp32 and rounded once, a row of blocks at a time: the fp32 copy never exceeds 128 rows.
     """
     check_scale(q, scale)
     w = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -70,8 +67,7 @@ def weight_dequant(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 def fp8_gemm(a: torch.Tensor, a_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor,
              dtype: torch.dtype) -> torch.Tensor:
-    """y = A W^T with both operands in FP8 and every 128-channel partial sum promoted to fp32 (V3 section
-    3.3.2).
+    """y = A W^T on FP8 operands, every 128-channel partial sum promoted to fp32 (V3 section 3.3.2).
 
     a [..., k] e4m3, a_scale [..., kb] fp32 (act_quant); w [n, k] e4m3, w_scale [nb, kb] fp32 (weight_quant)
     -> y [..., n] of `dtype`. Products of e4m3 numbers are exact in fp32, so this is the definition, not a

@@ -63,6 +63,11 @@ class RopeConfig:
         if self.kind != "plain" and not (self.factor >= 1 and self.original_context_len > 0):
             raise ValueError(f"rope.kind {self.kind} needs factor >= 1 and original_context_len > 0; "
                              f"got {self.factor} and {self.original_context_len}")
+        if self.theta <= 1:
+            raise ValueError(f"rope.theta is {self.theta}; it must be over 1")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"rope.low_freq_factor is {self.low_freq_factor}; it must be under "
+                             f"high_freq_factor, {self.high_freq_factor}")
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ class Config:
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+MAY_BE_ZERO = {"n_dense_layers", "n_shared_experts", "original_context_len", "mscale", "mscale_all_dim"}
 
 
 def _from_dict(cls, data: dict, where: str = ""):
@@ -190,6 +196,8 @@ def _from_dict(cls, data: dict, where: str = ""):
         if type(value) not in kinds:
             accepted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"key {where + name!r} is {value!r}; it must be {accepted}")
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+            raise ValueError(f"key {where + name!r} is {value!r}; it must be a positive number")
         values[name] = value
     return cls(**values)
 
@@ -593,8 +601,8 @@ class Gate(nn.Module):
 class MoE(nn.Module):
     """One shared expert for every token plus k routed ones of many (V3 Eq. 12): R1 holds 256 and reads 8 + 1.
 
-    A MoE layer of R1 has 11.5 B parameters, of which a token uses 0.40 B. Every rank holds a slice of every
-    expert, as of any MLP, so all ranks work equally whatever the gate decides, and share one all-reduce.
+    One such layer of R1 has 11.3 B parameters, of which a token uses 0.40 B. Every rank holds a slice of
+    every expert, as of any MLP, so all work equally whatever the gate decides, and share one all-reduce.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):

@@ -3,7 +3,9 @@
 Real processes, torchrun and a pseudo-terminal, on small random checkpoints with R1's tokens. Outputs of
 different numbers of ranks are compared byte for byte: greedy and seeded tokens in fp32 are the same tokens.
 """
+import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import tiny
+from test_checkpoint_leftovers import edit
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import convert
@@ -63,8 +66,7 @@ def run(name: str, *args, ranks: int = 1) -> subprocess.CompletedProcess:
 
 def batch(folders: Path, ckpt: str, out: str, *more, ranks: int = 1) -> bytes:
     done = run("generate.py", "--ckpt-path", folders / ckpt, "--input-file", folders / "prompts.jsonl",
-               "--output-file",
-               folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more, ranks=ranks)
+               "--output-file", folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return (folders / out).read_bytes()
 
@@ -128,8 +130,7 @@ def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, cap
 
 def test_convert_and_help_run_as_programs(folders, tmp_path):
     done = run("convert.py", "--hf-ckpt-path", folders / "hf", "--save-path", tmp_path / "out",
-               "--model-parallel", 2,
-               "--verify")
+               "--model-parallel", 2, "--verify")
     assert done.returncode == 0 and "tensors, all equal" in done.stderr
     for name in ("generate.py", "convert.py"):
         assert run(name, "--help").returncode == 0
@@ -140,8 +141,7 @@ def test_convert_and_help_run_as_programs(folders, tmp_path):
 
 def chat(folders: Path, *more, ckpt: str = "hf", ranks: int = 1) -> pexpect.spawn:
     args = program("generate.py", "--ckpt-path", folders / ckpt, "--interactive", "--max-new-tokens", 12,
-                   "--seed", 1,
-                   "--max-seq-len", 200, *more, ranks=ranks)
+                   "--seed", 1, "--max-seq-len", 200, *more, ranks=ranks)
     child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=60, echo=False, codec_errors="replace")
     child.expect(">>> ")
     return child
@@ -194,6 +194,28 @@ def test_the_next_prompt_holds_old_answers_but_no_old_reasoning(folders, capsys,
     assert prompt == "<｜User｜>Hi<｜Assistant｜>Hello 你好!<｜User｜>Bye<｜Assistant｜><think>\n"
 
 
+def test_text_is_on_the_screen_before_the_next_token_is_computed(folders, monkeypatch):
+    from chat import Chat, Tokenizer as ChatTokenizer
+    talk, screen = Chat(ChatTokenizer(folders / "hf")), io.StringIO()
+    shown = []
+    monkeypatch.setattr(screen, "flush", lambda: shown.append(screen.getvalue()))
+    monkeypatch.setattr("sys.stdout", screen)
+
+    def events():
+        for text in "so</think>ok":
+            yield generate.Event(0, tuple(talk.tokenizer.encode(text)), (0.0,), None)
+            assert shown[-1].endswith(text)
+        yield generate.Event(0, (), (), "stop")
+
+    assert generate.stream_answer(events(), talk, [{"role": "user", "content": "?"}]) == "ok"
+
+
+def test_a_pasted_line_that_is_not_utf_8_does_not_end_the_chat(folders):
+    done = subprocess.run(program("generate.py", "--ckpt-path", folders / "hf", "--interactive"),
+                          input=b"caf\xe9\n/exit\n", capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
 # Bad input
 
 
@@ -215,6 +237,8 @@ PROMPT_FILES = {
     "neither field": (b'{"text": "a"}\n', "line 1: needs"),
     "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
     "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
+    "half a character": (b'{"prompt": "\\ud83d"}\n', "line 1: messages[0].content: not valid Unicode"),
+    "endless nesting": (b"[" * 100_000, "line 1: not JSON"),
     "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
     "no messages": (b'{"messages": []}\n', "line 1: 'messages' is []"),
     "bad role": (b'{"messages": [{"role": "king", "content": "a"}]}\n', "line 1: messages[0]"),
@@ -226,12 +250,13 @@ PROMPT_FILES = {
 def test_prompt_files_are_refused_by_line(content, word, folders, capsys):
     (folders / "bad.jsonl").write_bytes(content)
     refused(capsys, folders, "--ckpt-path", folders / "hf", "--input-file", folders / "bad.jsonl",
-            "--max-seq-len", 200,
-            word=word)
+            "--max-seq-len", 200, word=word)
 
 
 @pytest.mark.parametrize("args, word", [
     (["--temperature", "-1"], "temperature is -1"), (["--temperature", "nan"], "temperature is nan"),
+    (["--temperature", "inf"], "temperature is inf"), (["--temperature", "1e-40"], "temperature is 1e-40"),
+    (["--seed", "-1"], "seed is -1"), (["--output-file", "."], "--output-file .: a folder"),
     (["--top-p", "0"], "top-p is 0"), (["--top-p", "2"], "top-p is 2"),
     (["--device", "cuda"], "--device cuda"),
     (["--max-seq-len", "9999"], "at most 2560"), (["--input-file", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -253,7 +278,25 @@ def test_settings_that_do_not_fit_are_refused(args, word, folders, capsys):
 def test_sizes_must_be_positive(flag, folders, capsys):
     with pytest.raises(SystemExit) as stop:
         generate.main(["--ckpt-path", str(folders / "hf"), "--interactive", flag, "0"])
-    assert stop.value.code == 2 and f"{flag} is 0" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{flag} is 0" in error and error.count("\n") == 1
+
+
+def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_path, capsys, monkeypatch):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("hi\n")
+    args = ["--ckpt-path", str(folders / "dense"), "--input-file", str(prompts), "--max-new-tokens", "2"]
+    assert generate.main([*args, "--output-file", str(prompts)]) == 2
+    assert "the same as --input-file" in capsys.readouterr().err and prompts.read_text() == "hi\n"
+
+    def full_disk(part, target):
+        assert part.exists() and not target.exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(generate.os, "replace", full_disk)
+    assert generate.main([*args, "--output-file", str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [prompts]
 
 
 def damage(name: str, change):
@@ -286,10 +329,23 @@ def test_checkpoints_that_do_not_fit_are_refused(change, word, tmp_path, capsys)
     refused(capsys, tmp_path, "--ckpt-path", folder, "--input-file", tmp_path / "prompts.txt", word=word)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_a_model_that_computes_nan_is_an_error_and_no_text(temperature, tmp_path, capsys):
+    tiny.write(tmp_path, tiny.qwen2(vocab_size=264))
+    add_tokenizer(tmp_path)
+    edit(tmp_path, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    (tmp_path / "prompts.txt").write_text("hi\n")
+    assert generate.main(["--ckpt-path", str(tmp_path), "--input-file", str(tmp_path / "prompts.txt"),
+                          "--temperature", str(temperature)]) == 2
+    captured = capsys.readouterr()
+    assert "the model's logits are not numbers" in captured.err and captured.out == ""
+
+
 def test_numbers_of_ranks_that_do_not_fit_are_refused(folders, capsys):
     refused(capsys, folders, "--ckpt-path", folders / "hf mp2", "--input-file", folders / "prompts.jsonl",
             word="converted for 2 ranks, but this run has 1")
     done = run("generate.py", "--ckpt-path", folders / "dense", "--input-file", folders / "prompts.jsonl",
                ranks=3)
-    assert done.returncode != 0
+    assert done.returncode != 0 and done.stderr.count("generate.py: error:") == 1
+    assert "[rank" not in done.stderr           # torchrun reports the exit codes, the ranks nothing more
     assert "generate.py: error: this model cannot be cut over 3 ranks; it can over 1, 2" in done.stderr

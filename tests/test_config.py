@@ -4,6 +4,7 @@ Models are built without memory (parameters on the meta device). Counts and byte
 checkpoints; R1's tensors sum to the size of the published files.
 """
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,20 +32,16 @@ R1_HF = dict(
     architectures=["DeepseekV3ForCausalLM"],
     auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
     model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, num_hidden_layers=61,
-    num_attention_heads=128,
-    num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-    v_head_dim=128, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
-    n_shared_experts=1,
-    num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3, moe_layer_freq=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=1,
-    rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, attention_dropout=0.0,
-    tie_word_embeddings=False,
+    num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, intermediate_size=18432,
+    moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8,
+    topk_group=4, first_k_dense_replace=3, moe_layer_freq=1, norm_topk_prob=True, routed_scaling_factor=2.5,
+    scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=1, rms_norm_eps=1e-6,
+    hidden_act="silu", attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
     max_position_embeddings=163840, rope_theta=10000, torch_dtype="bfloat16", bos_token_id=0, eos_token_id=1,
     ep_size=1, initializer_range=0.02, transformers_version="4.46.3", use_cache=True, pretraining_tp=1,
     rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32,
-                      beta_slow=1,
-                      mscale=1.0, mscale_all_dim=1.0),
+                      beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
     quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
                              weight_block_size=[128, 128]))
 
@@ -106,6 +103,25 @@ def test_the_tiny_shapes_can_be_cut_like_the_real_ones(name):
         assert Transformer(cfg, Runtime(tp=Shard(0, ranks))).cfg == cfg
 
 
+CUTS = {        # settings in which the key named is the only one that 2 ranks cannot cut
+    "vocab_size": dict(vocab_size=257), "n_heads": dict(n_heads=3, fp8=False),
+    "inter_dim": dict(inter_dim=384), "moe_inter_dim": dict(moe=dict(moe_inter_dim=384)),
+    "wq_b": dict(mla=dict(qk_rope_head_dim=32)),
+    "wkv_b": dict(mla=dict(qk_nope_head_dim=96, qk_rope_head_dim=32)),
+    "wo": dict(mla=dict(qk_nope_head_dim=96, qk_rope_head_dim=32, v_head_dim=32)),
+    "n_kv_heads": dict(mla=None, moe=None, fp8=False, gqa=dict(n_kv_heads=1, head_dim=64, qkv_bias=True))}
+
+
+@pytest.mark.parametrize("change", CUTS.values(), ids=CUTS.keys())
+def test_every_dimension_that_ranks_share_must_be_cut_evenly(change):
+    base = json.loads((ROOT / "configs/tiny_moe.json").read_text())
+    base |= dict(fp8=True, inter_dim=512, moe=dict(base["moe"], moe_inter_dim=256))
+    assert 2 in Config.from_dict(base).legal_ranks()
+    changed = {**base, **{key: {**base[key], **value} if isinstance(value, dict) and base.get(key) else value
+                          for key, value in change.items()}}
+    assert 2 not in Config.from_dict(changed).legal_ranks()
+
+
 def test_dequantised_r1_can_use_32_ranks():
     assert 32 in replace(Config.from_json(R1), fp8=False).legal_ranks()
 
@@ -135,6 +151,8 @@ def test_new_style_keys_mean_the_same():
     (dict(rope_scaling=dict(R1_HF["rope_scaling"], truncate=False)), "truncate"),
     (dict(quantization_config=dict(quant_method="gptq")), "quant_method"),
     (dict(quantization_config=dict(quant_method="fp8", weight_block_size=[64, 64])), "weight_block_size"),
+    (dict(layer_types=[["full_attention"]]), "layer_types"),
+    (dict(rope_scaling=dict(rope_type=["x"])), "rope type"), (dict(rms_norm_eps=math.nan), "rms_norm_eps"),
     (dict(hidden_size=...), "hidden_size"), (dict(rope_theta=...), "rope_theta"),
     (dict(torch_dtype=...), "dtype"),
     (dict(torch_dtype="int8"), "int8"), (dict(n_group=7), "n_expert_groups"),
@@ -160,6 +178,13 @@ def test_a_dense_checkpoint_with_a_sliding_window_is_refused():
     (lambda d: d["mla"].pop("v_head_dim"), "missing key 'mla.v_head_dim'"),
     (lambda d: d.update(dim="7168"), "key 'dim' is '7168'; it must be int"),
     (lambda d: d.update(fp8=1), "key 'fp8' is 1; it must be bool"),
+    (lambda d: d["moe"].update(n_expert_groups=0), "key 'moe.n_expert_groups' is 0; it must be a positive"),
+    (lambda d: d["moe"].update(n_shared_experts=-1), "moe.n_shared_experts"),
+    (lambda d: d["mla"].update(kv_lora_rank=-64), "mla.kv_lora_rank"),
+    (lambda d: d["rope"].update(beta_fast=0), "rope.beta_fast"),
+    (lambda d: d["rope"].update(theta=1.0), "rope.theta is 1.0"),
+    (lambda d: d["rope"].update(low_freq_factor=4.0), "rope.low_freq_factor is 4.0"),
+    (lambda d: d.update(norm_eps=math.nan), "key 'norm_eps' is nan"),
     (lambda d: d.update(mla=None), "'gqa' and 'mla'"),
     (lambda d: d.update(dtype="int4"), "int4"), (lambda d: d["rope"].update(kind="spiral"), "spiral"),
     (lambda d: d["mla"].update(qk_rope_head_dim=63), "63 must be even")])

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
-from model import Config, Gate, RMSNorm, Runtime, apply_rope
+from model import MLA, Config, Gate, RMSNorm, Runtime, apply_rope
 
 ROOT = Path(__file__).parent.parent
 TINY = Config.from_json(ROOT / "configs/tiny_moe.json")
@@ -56,3 +56,19 @@ def test_rotation_is_done_in_fp32_and_rounded_once():
     x, angles = noise(2, 50, 4, 64).bfloat16(), 100 * noise(2, 50, 1, 32, seed=1)
     cos, sin = angles.cos(), angles.sin()
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
+
+
+def test_absorbed_attention_takes_its_softmax_in_fp32():
+    attention = MLA(TINY, HALF)
+    q_nope, q_pe = noise(2, 3, 4, 64).bfloat16(), noise(2, 3, 4, 64, seed=1).bfloat16()
+    latents, w = noise(2, 9, 128, seed=2).bfloat16(), (noise(512, 64, seed=3) / 8).bfloat16()
+    attention.wkv_b.load_state_dict({"weight": w}, assign=True)
+    mask = torch.ones(2, 1, 3, 9, dtype=torch.bool)
+    w_k, w_v = w.view(4, 128, 64).split(64, dim=1)
+    q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
+    scores = torch.einsum("bshc,btc->bhst", q, latents)
+    weights = (scores.float() * attention.scale).softmax(-1).bfloat16()
+    o = torch.einsum("bhst,btc->bshc", weights, latents[..., :64])
+    expected = torch.einsum("bshc,hvc->bshv", o, w_v)
+    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, mask), expected)
+    assert not torch.equal(weights, (scores * attention.scale).softmax(-1))     # what bf16 would have given

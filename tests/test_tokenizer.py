@@ -198,3 +198,14 @@ def test_a_malformed_file_is_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("tokenizer_config.json", '{"bos_token": 5}', "bos_token 5 is not a token"),
+    ("tokenizer_config.json", '{"chat_template": [{"x": 1}]}', "cannot be read"),
+    ("generation_config.json", '{"eos_token_id": ["a", {}]}', "eos_token_id"),
+    ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id")])
+def test_settings_of_another_kind_are_refused_by_file(name, text, says, tmp_path):
+    (write_tokenizer(tmp_path) / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*{says}"):
+        Tokenizer(tmp_path)
