@@ -1,17 +1,25 @@
 # `make help` lists what there is. Everything happens in a virtual environment of its own, .venv.
 PYTHON ?= python3
 VENV := .venv
+RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test mutants clean
+.PHONY: help demo install test mutants train-demo clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(RUNTIME)  ## install, then talk to the small model in demo/
+	$(VENV)/bin/python generate.py --interactive
 
 install: $(INSTALLED)  ## create .venv and install what running and testing need
 
-$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
+$(RUNTIME): requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch $@
+
+$(INSTALLED): $(RUNTIME) requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
 
@@ -21,6 +29,9 @@ test: $(INSTALLED)  ## the numerics suite, then the mutants: needs no GPU and no
 
 mutants: $(INSTALLED)  ## only the mutants: break the core on purpose and see the suite notice
 	$(VENV)/bin/python tests/mutants.py
+
+train-demo: $(INSTALLED)  ## make demo/ from nothing, about an hour on 2 cores; goes on where it stopped
+	$(VENV)/bin/torchrun --nproc-per-node 2 tools/train_demo.py
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache __pycache__ tests/__pycache__

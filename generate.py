@@ -1,11 +1,13 @@
 """Generate text with R1 or a distill: talk to it, or answer a file of prompts.
 
     python generate.py --ckpt-path DIR --interactive
+    python generate.py --ckpt-path DIR --prompt "What is 478 + 56?"
     python generate.py --ckpt-path DIR --input-file prompts.jsonl --output-file out.jsonl
     torchrun --nproc-per-node N generate.py ...         the same over N tensor-parallel ranks
 
-DIR is a HuggingFace folder or one that convert.py wrote. Defaults are R1's own advice: temperature 0.6, top-p
-0.95, no system prompt, and an answer that starts inside <think>.
+DIR is a HuggingFace folder or one that convert.py wrote; without it, the small model in demo/ answers.
+Defaults are R1's own advice: temperature 0.6, top-p 0.95, no system prompt, and an answer that starts
+inside <think>.
 
 `generate` is the seam of the project: it turns prompts into a stream of events, and everything else consumes
 those.
@@ -229,6 +231,10 @@ class Ranks:
 # ------------------------------------------------------------------------------------------------------------
 # 4. Command line
 
+DEMO = Path(__file__).resolve().parent / "demo"
+WELCOME = """This is the demo, a small R1 of 2 million parameters that does arithmetic. Ask it, for example:
+    What is 478 + 56?     47 * 36     Which is larger, 4821 or 4799?     (12 - 30) * 4
+    Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many pencils is that in all?"""
 MAX_NEW_TOKENS = 32_768             # R1's own limit in its evaluation
 CONVERSATION = 40_960               # tokens of a whole conversation: one longest answer, and 8,192 before it
 
@@ -282,6 +288,10 @@ def as_messages(record: dict) -> list[dict]:
 def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[dict]) -> Job:
     """Encode the prompts and fix the lengths. ValueError, with the numbers, if something does not fit."""
     tokenizer, prompts = chat.tokenizer, []
+
+    def where(number: int) -> str:
+        return f"{args.input_file}, line {number}" if args.input_file else "--prompt"
+
     if tokenizer.n_tokens > cfg.vocab_size:
         raise ValueError(f"the tokenizer in {args.ckpt_path} has {tokenizer.n_tokens} tokens, the model only "
                          f"{cfg.vocab_size}: they do not belong together")
@@ -289,7 +299,7 @@ def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[di
         try:
             prompts.append(chat.encode(as_messages(record)))
         except ValueError as error:
-            raise ValueError(f"{args.input_file}, line {number}: {error}") from None
+            raise ValueError(f"{where(number)}: {error}") from None
     longest = max(map(len, prompts), default=0)
     wanted = longest + args.max_new_tokens if prompts else CONVERSATION
     max_seq_len = args.max_seq_len or min(wanted, cfg.context_len)
@@ -297,7 +307,7 @@ def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[di
         raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= max_seq_len:
-            raise ValueError(f"{args.input_file}, line {number}: the prompt has {len(prompt)} tokens; with "
+            raise ValueError(f"{where(number)}: the prompt has {len(prompt)} tokens; with "
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "big")
     return Job(Sampling(args.temperature, args.top_p, seed), tokenizer.stop_ids, tokenizer.n_tokens,
@@ -343,11 +353,16 @@ def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Rank
         prompt = ranks.share(read_turn(messages, chat, job.max_seq_len) if chat else None)
         if prompt is None:
             return
-        events = job.run(model, [prompt])
-        if chat:
-            messages.append({"role": "assistant", "content": stream_answer(events, chat, messages)})
-        else:
-            deque(events, maxlen=0)
+        answer = show(job.run(model, [prompt]), chat, messages)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def show(events: Iterator[Event], chat: Chat | None, messages: list[dict]) -> str:
+    """Rank 0 streams the completion and returns its answer; the others only take part in computing it."""
+    if chat:
+        return stream_answer(events, chat, messages)
+    deque(events, maxlen=0)
+    return ""
 
 
 def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] | None:
@@ -400,11 +415,12 @@ def stream_answer(events: Iterator[Event], chat: Chat, messages: list[dict]) -> 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Generate text with DeepSeek-R1 or one of its distills.")
-    parser.add_argument("--ckpt-path", type=Path, required=True, metavar="DIR",
-                        help="HuggingFace folder, or one that convert.py wrote")
+    parser.add_argument("--ckpt-path", type=Path, default=DEMO, metavar="DIR",
+                        help="HuggingFace folder, or one that convert.py wrote (default: the demo)")
     parser.add_argument("--config", type=Path, help="config file, if DIR has none, such as config_671B.json")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--interactive", action="store_true", help="chat; /clear and /exit")
+    mode.add_argument("--prompt", metavar="TEXT", help="answer one question")
     mode.add_argument("--input-file", type=Path, metavar="FILE",
                       help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
     parser.add_argument("--output-file", type=Path, metavar="FILE",
@@ -426,8 +442,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "max_new_tokens", "max_seq_len"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
-    if args.interactive and args.output_file:
-        parser.error("--output-file goes with --input-file, not with --interactive")
+    if args.output_file and not args.input_file:
+        parser.error("--output-file goes with --input-file")
+    if args.prompt == "":
+        parser.error("--prompt is empty")
     return args
 
 
@@ -440,6 +458,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     if args.output_file and args.output_file.exists() and args.output_file.samefile(args.input_file):
         raise ValueError(f"--output-file {args.output_file}: the same as --input-file; it would be lost")
     records = read_prompts(args.input_file) if args.input_file else []
+    if args.prompt:
+        records = [{"prompt": args.prompt}]
     checkpoint = Checkpoint(args.ckpt_path, args.config)
     checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
     chat = Chat(Tokenizer(args.ckpt_path))
@@ -475,7 +495,11 @@ def run(args: argparse.Namespace) -> int:
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
     try:
         if args.interactive:
+            if chat and args.ckpt_path == DEMO:
+                print(WELCOME)
             run_interactive(model, job, chat, ranks)
+        elif args.prompt:
+            show(job.run(model, job.prompts), chat, as_messages(records[0]) if chat else [])
         else:
             run_batch(model, job, chat, records, args.output_file)
     except (OSError, FloatingPointError) as error:
