@@ -66,7 +66,8 @@ def run(name: str, *args, ranks: int = 1) -> subprocess.CompletedProcess:
 
 def batch(folders: Path, ckpt: str, out: str, *more, ranks: int = 1) -> bytes:
     done = run("generate.py", "--ckpt-path", folders / ckpt, "--input-file", folders / "prompts.jsonl",
-               "--output-file", folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more, ranks=ranks)
+               "--output-file", folders / out, "--max-new-tokens", 24, "--dtype", "float32", *more,
+               ranks=ranks)
     assert done.returncode == 0, done.stderr
     return (folders / out).read_bytes()
 
