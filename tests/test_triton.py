@@ -59,6 +59,14 @@ def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
+def test_numerics_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreted.py"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "FP8_PATH": "triton"},
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
+    assert "skipped" not in run.stdout
+
+
 MATMULS = [(fn, tile, kind) for fn in ("gemm", "grouped") for tile in range(4) for kind in ("sm_89", "sm_90")]
 MATMULS += [("gemm", 0, "rocm"), ("grouped", 1, "rocm")]        # larger ones take the compiler 5 s each
 
@@ -75,6 +83,12 @@ def test_products_reach_the_tensor_cores_within_shared_memory_and_registers(fn, 
     assert TENSOR_CORES[kind].format(tile.tokens if tile.swap else tile.features) in text
     assert 0 < binary.metadata.shared <= SHARED_MEMORY[kind]
     assert spilled_bytes(binary, tmp_path) == 0
+
+
+def test_the_naive_kernel_that_the_benchmark_compares_with_compiles():
+    from benchmarks.fp8_gemm import naive_kernel
+    binary = compiled(naive_kernel.fn, "sm_90", dict(K=7168, BM=64, BN=128), num_warps=8, num_stages=3)
+    assert TENSOR_CORES["sm_90"].format(64) in binary.asm["ptx"]        # 8 warps: two groups share the columns
 
 
 @pytest.mark.parametrize("kind", ["sm_80", "sm_89", "sm_90", "rocm"])
@@ -102,11 +116,3 @@ def test_split_sums_are_added_without_atomic_operations(tmp_path):
     total = compiled(kernel.add_splits_kernel, "sm_90", dict(SPLITS=4, SIZE=1024), pointers)
     for binary in (parts, total):
         assert "st.global" in binary.asm["ptx"] and not re.search(r"\b(atom|red)\.", binary.asm["ptx"])
-
-
-def test_numerics_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreted.py"]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "FP8_PATH": "triton"},
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
-    assert "skipped" not in run.stdout
