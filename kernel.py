@@ -102,8 +102,7 @@ def widen(q: Tensor) -> Tensor:
     return (fp16.float() * 256).masked_fill_(bits & 0x7F == 0x7F, math.nan)
 
 
-def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor,
-             dtype: torch.dtype) -> Tensor:
+def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """y = A W^T on FP8 operands, every 128-channel partial sum promoted to fp32 (V3 section 3.3.2).
 
     a [..., k] e4m3, a_scale [..., kb] fp32 (act_quant); w [n, k] e4m3, w_scale [nb, kb] fp32 (weight_quant)
@@ -126,11 +125,11 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor,
 
 class Groups(NamedTuple):
     """Which token goes to which expert, and the tiles of tokens in which a GPU works that off."""
-    ids: Tensor           # [s]  expert of slot i; a token has s / m neighbouring slots
-    order: Tensor         # [s]  slots sorted by expert
-    expert: Tensor        # [t]  expert of each tile; e: a tile that is not needed
-    first: Tensor         # [t]  a tile covers order[first:stop]
-    stop: Tensor          # [t]
+    ids: Tensor         # [s] expert of slot i; a token has s / m neighbouring slots
+    order: Tensor       # [s] slots sorted by expert
+    expert: Tensor      # [t] expert of each tile; e: a tile that is not needed
+    first: Tensor       # [t] a tile covers order[first:stop]
+    stop: Tensor        # [t]
 
 
 def group(ids: Tensor, n_experts: int) -> Groups:
@@ -152,8 +151,8 @@ def group(ids: Tensor, n_experts: int) -> Groups:
     return Groups(ids, ids.argsort(stable=True), expert, first, torch.minimum(first + rows, stop[e]))
 
 
-def grouped_fp8_gemm(a: Tensor, a_scale: Tensor, weights: list[Tensor],
-                     scales: list[Tensor], groups: Groups, dtype: torch.dtype) -> list[Tensor]:
+def grouped_fp8_gemm(a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor], groups: Groups,
+                     dtype: torch.dtype) -> list[Tensor]:
     """fp8_gemm for all experts of an MoE layer in one launch: slot i has y[i] = A[token of i] W[ids[i]]^T.
 
     a [m, k] e4m3 and a_scale [m, kb], of tokens or, with m = s, of slots; one or two stacks of weights of one
@@ -189,8 +188,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 
 @functools.cache
 def device_kind(device: torch.device) -> str:
-    """cpu, rocm, or a generation of NVIDIA's. sm_90: Hopper and datacenter Blackwell, with 227 KB of shared
-    memory; sm_89: other GPUs with e4m3 tensor cores, with 99 KB; old: GPUs without."""
+    """cpu | rocm | sm_90: Hopper and datacenter Blackwell, with 227 KB of shared memory | sm_89: other GPUs of
+    NVIDIA's with e4m3 tensor cores, with 99 KB | old: those without."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:
@@ -374,7 +373,7 @@ def _launch_act_quant(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.empty(n_blocks(k), stride, dtype=torch.float32, device=x.device)
     act_quant_kernel[triton.cdiv(m, 16), n_blocks(k)](x.contiguous(), q, scale, m, k, stride, ue8m0, ROWS=16)
-    return q, scale.T[:m].unflatten(0, x.shape[:-1])                # [..., kb], strides (.., 1, stride)
+    return q, scale.T[:m].reshape(*x.shape[:-1], n_blocks(k))       # [..., kb], strides (.., 1, stride)
 
 
 def _launch_weight_dequant(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,8 +383,7 @@ def _launch_weight_dequant(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     return w
 
 
-def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor,
-                 dtype: torch.dtype) -> Tensor:
+def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     (m, k), n, tile = a.shape, len(w), tile_for(len(a))
     tiles = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.features)
     splits = n_splits(tiles, n_blocks(k), a.device)
@@ -401,8 +399,7 @@ def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor,
     return y
 
 
-def _launch_scaled_mm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor,
-                      dtype: torch.dtype) -> Tensor:
+def _launch_scaled_mm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """cuBLASLt reads scales [m, kb] with strides (1, m), and [kb, nb] with (1, kb); m and kb in fours."""
     extra, kind = -len(a) % 4, F.ScalingType
     if extra:

@@ -10,6 +10,7 @@ tokens of a tiny model.
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import generate
 import kernel
 import model as core
+from model import Shard, Transformer
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (2, 120), generator=torch.Generator().manual_seed(8))
@@ -328,6 +331,18 @@ def test_weights_dequantised_at_load_give_the_same_logits(checkpoint):
     assert {t.dtype for name, t in model.state_dict().items()} == {torch.float32}       # the run's dtype
     half = tiny.load(path, fp8="bf16", dtype=torch.bfloat16).layers[1].ffn.experts.w1
     assert half.weight.dtype == torch.bfloat16 and half.scale is None
+
+
+@pytest.mark.parametrize("option, gpu, mode", [("auto", False, "dequant"), ("auto", True, "gemm"),
+                                               ("bf16", True, "bf16"), ("dequant", True, "dequant")])
+def test_the_command_line_chooses_by_device_unless_told(option, gpu, mode, checkpoint, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(kernel, "path", lambda device, multiply=True: "triton")
+    monkeypatch.setattr(generate, "load_model", lambda checkpoint, rt: Transformer(checkpoint.cfg, rt))
+    args = generate.parse_args(["--ckpt-path", str(checkpoint[0]), "--interactive", "--fp8", option])
+    job, ranks = SimpleNamespace(rows=1, max_seq_len=8), SimpleNamespace(device=torch.device("cpu"), tp=Shard())
+    model = generate.load(args, job, ranks)
+    assert model.rt.fp8 == mode and model.layers[1].ffn.grouped == (mode == "gemm")
 
 
 def test_huggingface_dequantises_to_the_same_model(tmp_path):
