@@ -188,8 +188,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 
 @functools.cache
 def device_kind(device: torch.device) -> str:
-    """cpu | rocm | sm_90: Hopper and datacenter Blackwell, with 227 KB of shared memory | sm_89: other GPUs of
-    NVIDIA's with e4m3 tensor cores, with 99 KB | old: those without."""
+    """cpu | rocm | sm_90: Hopper, datacenter Blackwell (227 KB of shared memory) | sm_89: NVIDIA's other GPUs
+    with e4m3 tensor cores (99 KB) | old: those without."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:

@@ -340,8 +340,8 @@ def test_the_command_line_chooses_by_device_unless_told(option, gpu, mode, check
         monkeypatch.setattr(kernel, "path", lambda device, multiply=True: "triton")
     monkeypatch.setattr(generate, "load_model", lambda checkpoint, rt: Transformer(checkpoint.cfg, rt))
     args = generate.parse_args(["--ckpt-path", str(checkpoint[0]), "--interactive", "--fp8", option])
-    job, ranks = SimpleNamespace(rows=1, max_seq_len=8), SimpleNamespace(device=torch.device("cpu"), tp=Shard())
-    model = generate.load(args, job, ranks)
+    ranks = SimpleNamespace(device=torch.device("cpu"), tp=Shard())
+    model = generate.load(args, SimpleNamespace(rows=1, max_seq_len=8), ranks)
     assert model.rt.fp8 == mode and model.layers[1].ffn.grouped == (mode == "gemm")
 
 

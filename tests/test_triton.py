@@ -88,7 +88,7 @@ def test_products_reach_the_tensor_cores_within_shared_memory_and_registers(fn, 
 def test_the_naive_kernel_that_the_benchmark_compares_with_compiles():
     from benchmarks.fp8_gemm import naive_kernel
     binary = compiled(naive_kernel.fn, "sm_90", dict(K=7168, BM=64, BN=128), num_warps=8, num_stages=3)
-    assert TENSOR_CORES["sm_90"].format(64) in binary.asm["ptx"]        # 8 warps: two groups share the columns
+    assert TENSOR_CORES["sm_90"].format(64) in binary.asm["ptx"]    # 2 groups of 4 warps share columns
 
 
 @pytest.mark.parametrize("kind", ["sm_80", "sm_89", "sm_90", "rocm"])
