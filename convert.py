@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernel
-from model import DTYPES, Config, Runtime, Shard, Transformer
+from model import DTYPES, Config, Linear, Runtime, Shard, Transformer
 
 # Ours: HuggingFace's, and the axis of [out, in] that ranks cut (0 outputs, 1 inputs, None neither). Comments:
 # the paper's symbol, its equation, and the order of rows where several matrices are stacked.
@@ -399,9 +399,10 @@ def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
     if checkpoint.cfg.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
-    if checkpoint.cfg.mla:
-        for layer in model.layers:
-            layer.attn.wkv_b.dequantise(rt.dtype)       # used head by head, never as one GEMM
+    del state, tensor                                   # what is dequantised now shall not stay in memory twice
+    for name, module in model.named_modules():
+        if name.endswith(".wkv_b") or rt.fp8 == "bf16" and isinstance(module, Linear):
+            module.dequantise(rt.dtype)                 # MLA uses wkv_b head by head, never as one GEMM
     return model.eval()
 
 

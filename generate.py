@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import kernel
 from chat import Chat, ReasoningParser, TextStream, Tokenizer, split_reasoning
 from convert import Checkpoint, Parser, load_model
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
@@ -435,8 +436,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
                         help="auto: float32 if the checkpoint is, else bfloat16")
-    parser.add_argument("--fp8", choices=["dequant", "gemm"], default="dequant",
-                        help="FP8 weights: multiply in --dtype, or quantise activations, too (%(default)s)")
+    parser.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
+                        help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
+                             "converted for each product (dequant) or once (bf16: twice the memory); auto: "
+                             "gemm on GPUs with FP8 tensor cores, else dequant")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_seq_len"):
@@ -474,7 +477,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> Transformer:
     checkpoint = Checkpoint(args.ckpt_path, args.config)
     auto = "float32" if checkpoint.cfg.dtype == "float32" else "bfloat16"
     dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
-    rt = Runtime(device=ranks.device, dtype=dtype, fp8=args.fp8, tp=ranks.tp, rows=job.rows,
+    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
+    rt = Runtime(device=ranks.device, dtype=dtype, fp8=fp8, tp=ranks.tp, rows=job.rows,
                  max_seq_len=job.max_seq_len)
     return load_model(checkpoint, rt)
 

@@ -215,7 +215,8 @@ class Runtime:
     """How we run a checkpoint: where, how precisely, how much at once; not what it computes."""
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16     # of activations, cache and all weights that are not FP8
-    fp8: str = "dequant"                    # "dequant" FP8 weights first, or "gemm" on FP8 activations
+    fp8: str = "dequant"                    # FP8 weights: "gemm" on FP8 activations, or converted to `dtype`,
+                                            # "dequant": for each product, "bf16": once, at load
     tp: Shard = Shard()
     rows: int = 1                           # sequences that the cache holds
     max_seq_len: int = 4096                 # tokens that the cache holds per sequence
@@ -408,7 +409,10 @@ class Linear(nn.Module):
     def dequantise(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its high-precision form, for good."""
         if self.scale is not None:
-            weight = kernel.weight_dequant(self.weight, self.scale, dtype)
+            weight = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+            stack = (t.view(-1, *t.shape[-2:]) for t in (weight, self.weight, self.scale))
+            for w, q, scale in zip(*stack):                                     # experts one by one
+                w.copy_(kernel.weight_dequant(q, scale, dtype))
             self.weight, self.scale = nn.Parameter(weight, requires_grad=False), None
 
 
@@ -611,16 +615,29 @@ class MoE(nn.Module):
         self.gate = Gate(cfg, rt)
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
+        self.grouped = cfg.fp8 and rt.fp8 == "gemm" and kernel.path(rt.device) == "triton"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
         tokens = x.flatten(0, 1)                                                # [n, m]
         weights, experts = self.gate(tokens)                                    # [n, k] each
         y = self.shared(tokens).float()                                         # [n, m]
+        if self.grouped:
+            return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
             n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
             y.index_add_(0, n, weights[n, k, None] * self.experts(tokens[n], expert))       # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
+
+    def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """The loop's sum [n, m] in two launches. The host need not wait to hear who was chosen."""
+        w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
+        groups = kernel.group(experts, n_experts=len(w1.weight))                # slots [n * k], by expert
+        gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens), [w1.weight, w3.weight],
+                                           [w1.scale, w3.scale], groups, tokens.dtype)      # [n * k, f/P]
+        out, = kernel.grouped_fp8_gemm(*kernel.act_quant(F.silu(gate) * up), [w2.weight], [w2.scale],
+                                       groups, tokens.dtype)                    # [n * k, m]
+        return (weights[..., None] * out.unflatten(0, weights.shape)).sum(1)    # V3 Eq. 12 [n, m]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -7,15 +7,23 @@ summation (relative Frobenius error 1e-6; 1e-7 is typical) and, when it leaves a
 logit scale in fp32; comparing with unquantised weights would mean nothing, since FP8 re-routes a fifth of the
 tokens of a tiny model.
 """
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import generate
 import kernel
 import model as core
+from model import Shard, Transformer
 
+ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (2, 120), generator=torch.Generator().manual_seed(8))
 
 
@@ -81,6 +89,25 @@ def test_activations_have_a_scale_per_token_and_128_channels(k):
         assert (error <= x[..., block].abs().double() / 16 + scale[..., j, None] * 2 ** -10).all()
 
 
+def test_ue8m0_scales_are_the_next_powers_of_two():
+    x = noise(40, 256) * torch.logspace(-6, 6, 40)[:, None]
+    x[0, :128], x[1, 0] = 0, 448.0                          # a zero block, and a scale that is 2^0 already
+    x[1, 1:128] = 1.0
+    _, plain = kernel.act_quant(x)
+    q, scale = kernel.act_quant(x, ue8m0=True)
+    assert torch.equal(scale, torch.exp2(plain.double().log2().ceil()).float()) and scale[1, 0] == 1
+    error = (q.double() * per_channel(scale, 256) - x).abs()
+    assert (error <= x.abs().double() / 16 + per_channel(scale, 256) * 2 ** -10).all()
+
+
+def test_every_code_is_widened_exactly_nan_included():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wide = kernel.widen(codes)
+    assert wide.dtype == torch.float32 and wide.isnan().sum() == 2
+    assert torch.equal(wide.nan_to_num(1e9), codes.float().nan_to_num(1e9))
+    assert wide[128] == 0 and wide[128].signbit()           # -0
+
+
 @pytest.mark.parametrize("m", [*range(18), 300])
 @pytest.mark.parametrize("n, k", [(256, 384), (576, 200)])
 def test_gemm_equals_the_float64_product_of_its_operands(m, n, k):
@@ -92,6 +119,40 @@ def test_gemm_equals_the_float64_product_of_its_operands(m, n, k):
     assert exact.shape == (m, n) and exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     assert relative(exact, expected) <= 1e-6 and relative(rounded, expected) <= 4e-3
     assert torch.equal(rounded, exact.bfloat16())           # summed in fp32, rounded once at the end
+
+
+@pytest.mark.parametrize("m, e, k", [(0, 4, 2), (1, 8, 8), (5, 4, 2), (300, 4, 2)])
+def test_each_slot_has_the_float64_product_with_its_expert(m, e, k):
+    a, a_scale = kernel.act_quant(noise(m, 200))
+    stacks = [[kernel.weight_quant(noise(192, 200, seed=10 * s + i)) for i in range(e)] for s in (1, 2)]
+    weights, scales = zip(*(map(torch.stack, zip(*stack)) for stack in stacks))     # [e, n, k], [e, nb, kb]
+    ids = torch.rand(m, e, generator=torch.Generator().manual_seed(4)).argsort(-1)[:, :k]
+    groups = kernel.group(ids, e)
+    ours = kernel.grouped_fp8_gemm(a, a_scale, weights, scales, groups, torch.float32)
+    slots = [t.repeat_interleave(k, 0) for t in (a.float(), a_scale)]
+    again = kernel.grouped_fp8_gemm(slots[0].to(kernel.FP8), slots[1], weights, scales, groups, torch.float32)
+    for y, same, w, w_scale in zip(ours, again, weights, scales):
+        assert y.shape == (m * k, 192) and torch.equal(y, same)         # a row per token, or per slot
+        exact = [dequantised(*pair) for pair in zip(w, w_scale)]
+        for i, expert in enumerate(ids.flatten().tolist()):
+            row = a[i // k].double() * per_channel(a_scale[i // k], 200)
+            assert relative(y[i], exact[expert] @ row) <= 1e-6
+
+
+@pytest.mark.parametrize("m, e, k", [(0, 4, 2), (1, 256, 8), (16, 256, 8), (7, 4, 4), (300, 4, 2),
+                                     (4000, 8, 2)])
+@pytest.mark.parametrize("skew", [0, 5])
+def test_the_plan_puts_every_slot_into_one_tile_of_its_expert(m, e, k, skew):
+    chance = torch.rand(m, e, generator=torch.Generator().manual_seed(5)) + skew * (torch.arange(e) < k)
+    groups = kernel.group(chance.topk(k).indices, e)        # skew: everybody chooses the same experts
+    rows, seen = kernel.tile_for(m * k // e).tokens, []
+    assert len(groups.expert) <= min(m * k, e) + m * k // rows
+    for expert, first, stop in zip(*(t.tolist() for t in groups[2:])):
+        if expert < e:
+            assert 0 < stop - first <= rows
+            seen += groups.order[first:stop].tolist()
+            assert set(groups.ids[groups.order[first:stop]].tolist()) == {expert}
+    assert sorted(seen) == list(range(m * k))
 
 
 def test_scales_are_clamped_where_the_official_code_clamps_them():
@@ -141,6 +202,79 @@ def test_a_scale_that_does_not_fit_is_an_error(bad):
         kernel.weight_dequant(q.float(), scale, torch.float32)
 
 
+# What runs where
+
+GPUS = {"cpu": ("torch", "torch", False), "old": ("torch", "triton", False),       # products, dequantisation,
+        "sm_89": ("triton", "triton", False), "sm_90": ("triton", "triton", True),  # scaled_mm of many
+        "rocm": ("triton", "triton", False)}
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_the_device_decides_and_fp8_path_overrules_it(kind, monkeypatch):
+    product, dequantisation, has_scaled_mm = GPUS[kind]
+    device, w = torch.device("cpu"), torch.empty(256, 256, dtype=kernel.FP8)
+    monkeypatch.setattr(kernel, "triton", object())
+    monkeypatch.setattr(kernel, "device_kind", lambda device: kind)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernel.F, "scaled_mm", None, raising=False)
+    for name, value in {"INTERPRETED": False, "FORCED": None}.items():
+        monkeypatch.setattr(kernel, name, value)
+    paths = lambda: (kernel.path(device), kernel.path(device, multiply=False))          # noqa: E731
+    assert paths() == (product, dequantisation)
+    assert kernel.default_mode(device) == ("gemm" if product == "triton" else "dequant")
+    wins = lambda m, w=w, dtype=torch.bfloat16: kernel.scaled_mm_wins(m, w, dtype)      # noqa: E731
+    assert [wins(1), wins(256), wins(257)] == [False, False, has_scaled_mm]
+    assert not wins(257, w[:, :200]) and not wins(257, w[:200 - 1]) and not wins(257, w, torch.float32)
+    monkeypatch.setattr(kernel, "FORCED", "triton")
+    assert paths() == (product, dequantisation) and not wins(257)
+    monkeypatch.setattr(kernel, "FORCED", "scaled_mm")
+    assert wins(1) == has_scaled_mm and not wins(0)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert not wins(257)
+    monkeypatch.setattr(kernel, "FORCED", "torch")
+    assert paths() == ("torch", "torch")
+    monkeypatch.setattr(kernel, "FORCED", None)
+    monkeypatch.setattr(kernel, "triton", None)
+    assert paths() == ("torch", "torch")
+    monkeypatch.setattr(kernel, "FORCED", "fast")
+    with pytest.raises(ValueError, match="FP8_PATH is 'fast'; known: torch, triton, scaled_mm"):
+        kernel.path(device)
+
+
+@pytest.mark.skipif(not hasattr(kernel.F, "scaled_mm"), reason="this PyTorch has no scaled_mm")
+@pytest.mark.parametrize("m, n, k", [(300, 256, 1024), (301, 144, 384)])
+def test_scaled_mm_gets_scales_in_the_layout_that_cublaslt_reads(m, n, k, monkeypatch):
+    # The block-wise recipe runs on Hopper only; this stand-in checks what PyTorch's documentation asks of it.
+    def scaled_mm(a, b, a_scale, a_recipe, b_scale, b_recipe, output_dtype):
+        rows, kb, four = a.shape[0], -(-k // 128), -(-k // 512) * 4
+        assert rows % 4 == 0 and a.is_contiguous() and b.T.is_contiguous()
+        assert a_recipe == recipe.BlockWise1x128 and b_recipe == recipe.BlockWise128x128
+        assert a_scale.shape == (rows, kb) and a_scale.stride() == (1, rows)
+        assert b_scale.shape == (four, -(-n // 128)) and b_scale.stride() == (1, four)
+        return ((a.double() * per_channel(a_scale, k)) @ dequantised(b.T, b_scale[:kb].T).T).to(output_dtype)
+
+    recipe = kernel.F.ScalingType
+    monkeypatch.setattr(kernel.F, "scaled_mm", scaled_mm)
+    a, a_scale = kernel.act_quant(noise(m, k))
+    w, w_scale = kernel.weight_quant(noise(n, k, seed=1))
+    expected = kernel.fp8_gemm(a, a_scale, w, w_scale, torch.bfloat16)
+    for scale in (a_scale, a_scale.T.contiguous().T):
+        ours = kernel._launch_scaled_mm(a, scale, w, w_scale, torch.bfloat16)
+        assert ours.shape == (m, n) and relative(ours, expected.double()) <= 4e-3
+
+
+def test_everything_works_without_triton():
+    code = """if True:
+        import sys; sys.modules["triton"] = None            # importing it raises ImportError
+        import torch, kernel, model, convert, generate
+        a, w = kernel.act_quant(torch.ones(2, 128)), kernel.weight_quant(torch.ones(3, 128))
+        y = kernel.fp8_gemm(*a, *w, torch.float32)
+        print(kernel.triton, (y - 128).abs().max().item() < 1e-3, kernel.default_mode(y.device))"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "None True dequant", run.stderr
+
+
 # Whole models
 
 
@@ -188,6 +322,27 @@ def test_dequantised_weights_give_the_logits_of_the_dequantised_model(checkpoint
     assert_same(tiny.logits(model, TOKENS), expected)
     assert_same(tiny.logits(model, TOKENS, [100, 1, 19]), expected)
     assert model.layers[0].ffn.w1.weight.dtype == torch.float8_e4m3fn       # and stays FP8 in memory
+
+
+def test_weights_dequantised_at_load_give_the_same_logits(checkpoint):
+    path, expected = checkpoint
+    model = tiny.load(path, fp8="bf16")
+    assert_same(tiny.logits(model, TOKENS), expected)
+    assert {t.dtype for name, t in model.state_dict().items()} == {torch.float32}       # the run's dtype
+    half = tiny.load(path, fp8="bf16", dtype=torch.bfloat16).layers[1].ffn.experts.w1
+    assert half.weight.dtype == torch.bfloat16 and half.scale is None
+
+
+@pytest.mark.parametrize("option, gpu, mode", [("auto", False, "dequant"), ("auto", True, "gemm"),
+                                               ("bf16", True, "bf16"), ("dequant", True, "dequant")])
+def test_the_command_line_chooses_by_device_unless_told(option, gpu, mode, checkpoint, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(kernel, "path", lambda device, multiply=True: "triton")
+    monkeypatch.setattr(generate, "load_model", lambda checkpoint, rt: Transformer(checkpoint.cfg, rt))
+    args = generate.parse_args(["--ckpt-path", str(checkpoint[0]), "--interactive", "--fp8", option])
+    ranks = SimpleNamespace(device=torch.device("cpu"), tp=Shard())
+    model = generate.load(args, SimpleNamespace(rows=1, max_seq_len=8), ranks)
+    assert model.rt.fp8 == mode and model.layers[1].ffn.grouped == (mode == "gemm")
 
 
 def test_huggingface_dequantises_to_the_same_model(tmp_path):

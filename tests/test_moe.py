@@ -5,13 +5,17 @@ References: HuggingFace's router, with a correction bias of both signs (it is ze
 which would hide every mistake about it), and a dense float64 sum over all experts. Choices must be equal;
 weights and sums within 1e-6 and 1e-5 of their scale, the precision of fp32 sums over 256 channels.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
+                                           FakeTensorMode)
 from torch.testing import assert_close
 
+import kernel
 from model import Config, Gate, MoE, Runtime
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +110,46 @@ def test_experts_that_nobody_chose_are_not_read():
         idle = [e for e in range(16) if e not in hit.unique().tolist()]
         w.weight[idle] = torch.nan
     assert idle and torch.equal(layer(x), expected)
+
+
+def fp8_moe() -> MoE:
+    """The layer above in FP8: each matrix quantised by itself."""
+    made, plain = MoE(replace(TINY, fp8=True), Runtime(dtype=torch.float32, fp8="gemm")), moe().state_dict()
+    state = dict(plain)
+    for name, t in made.state_dict().items():
+        if t.dtype == kernel.FP8:
+            pairs = [kernel.weight_quant(w) for w in plain[name].view(-1, *t.shape[-2:])]
+            q, scale = map(torch.stack, zip(*pairs))
+            state[name], state[name.replace("weight", "scale")] = (x.view(*t.shape[:-2], *x.shape[1:])
+                                                                   for x in (q, scale))
+    made.load_state_dict(state, assign=True)
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 3, 200])
+def test_experts_in_two_launches_add_up_to_the_loops_sum(n):
+    layer, x = fp8_moe(), X[None, :n]
+    expected = layer(x)
+    layer.grouped = True
+    ours = layer(x)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.std()
+    assert ours.dtype == x.dtype and not torch.equal(ours, layer.shared(x))
+
+
+def test_the_host_does_not_wait_to_hear_which_experts_were_chosen(monkeypatch):
+    # Fake tensors have shapes but no numbers: whatever asks for a number, as the loop does, is an error.
+    def shapes_only(a, a_scale, weights, scales, groups, dtype):
+        return [a.new_empty(len(groups.ids), w.shape[1], dtype=dtype) for w in weights]
+
+    monkeypatch.setattr(kernel, "grouped_fp8_gemm", shapes_only)
+    layer = fp8_moe()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, 5, 256)
+        layer.grouped = True
+        assert layer(x).shape == x.shape
+        layer.grouped = False
+        with pytest.raises((DynamicOutputShapeException, DataDependentOutputException)):
+            layer(x)
 
 
 def test_r1_gate_chooses_8_of_256_from_at_most_4_of_8_groups():
