@@ -124,7 +124,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             index, sample = waiting.popleft()
             length = len(prompts[index])
             sources = [i for i, row in enumerate(rows) if row.prompt == index == prefilled[0]]
-            if sources:                                         # a row still begins with this prompt: clone it
+            if sources:                                     # a row still begins with this prompt: clone it
                 cache.copy_row(sources[0], slot, length)
             else:
                 prefilled = index, prefill(model, prompts[index], cache, slot)
@@ -267,7 +267,8 @@ class Job:
     wanted: list[tuple[int, int]] | None = None                 # (prompt, sample) that are still to be made
 
     def run(self, model: Transformer, prompts: list[list[int]]) -> Iterator[Event]:
-        return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens, self.wanted)
+        return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens,
+                        self.wanted)
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -331,8 +332,8 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
         if len(prompt) >= max_seq_len:
             raise ValueError(f"{where(args, number)}: the prompt has {len(prompt)} tokens; with "
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
-    settings = {key: getattr(args, key) for key in ("num_samples", "temperature", "top_p", "seed", "max_new_tokens",
-                                                    "dtype", "fp8")}
+    flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype", "fp8")
+    settings = {flag: getattr(args, flag) for flag in flags}
     settings |= {"max_seq_len": max_seq_len, "checkpoint": fingerprint(checkpoint),
                  "prompts": hashlib.sha256(json.dumps([records, prompts]).encode()).hexdigest()[:16]}
     results = Results(args.output_file, settings, args.resume)
@@ -360,13 +361,13 @@ class Results:
         if part is None or not part.exists():
             return
         if not resume:
-            raise ValueError(f"{part}: left by a run that was interrupted; --resume goes on with it, or remove it")
+            raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
         head, *lines = part.read_text(encoding="utf-8").rpartition("\n")[0].split("\n")
         for key, made in json.loads(head or "{}").items():
             if key == "seed" and settings[key] is None:
                 settings[key] = made                    # a new run draws one, a resumed one keeps it
             if settings.get(key) != made:
-                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; resume it with "
+                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; --resume needs "
                                  f"the same settings, or remove it")
         for record in map(json.loads, lines):
             self.records[record["index"], record["sample"]] = record
@@ -374,7 +375,8 @@ class Results:
     def open(self) -> None:
         """Start the file of parts, or cut off what an interrupted line left of it."""
         if self.part:
-            lines = [json.dumps(self.settings), *(json.dumps(r, ensure_ascii=False) for r in self.records.values())]
+            lines = [json.dumps(self.settings),
+                     *(json.dumps(record, ensure_ascii=False) for record in self.records.values())]
             write_file(self.part, "\n".join(lines) + "\n")
 
     def add(self, record: dict) -> None:
@@ -402,7 +404,8 @@ def write_file(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)             # gone already, unless writing failed
 
 
-def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict], results: "Results") -> None:
+def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict],
+              results: Results | None) -> None:
     """Complete what is wanted; rank 0 writes a JSON object a line as samples finish."""
     tokens: dict[tuple[int, int], list[int]] = {}
     if chat:
@@ -512,7 +515,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="JSON lines (default: standard output)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="K",
                         help="completions of each prompt (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="completions that run together (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="that run together (%(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the --output-file of a run that was interrupted")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="per answer (%(default)s)")
