@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from chat import Chat, ReasoningParser, TextStream, Tokenizer, split_reasoning
+from chat import Chat, ReasoningParser, TextStream, Tokenizer, advised, split_reasoning
 from convert import Checkpoint, Parser, fingerprint, load_model
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
@@ -303,12 +303,18 @@ def as_messages(record: dict) -> list[dict]:
 
 
 def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) -> list[list[int]]:
-    prompts = []
+    prompts, moved = [], False
     for number, record in enumerate(records, 1):
         try:
-            prompts.append(chat.encode(as_messages(record)))
+            chat.check(messages := as_messages(record))
+            messages, folded = advised(messages, args.boxed, args.allow_system or chat.style == "jinja")
+            prompts.append(chat.encode(messages))
         except ValueError as error:
             raise ValueError(f"{where(args, number)}: {error}") from None
+        moved |= folded
+    if moved:
+        print("system messages were moved into the user's turn, as R1's README advises; --allow-system keeps "
+              "them", file=sys.stderr)
     return prompts
 
 
@@ -340,6 +346,9 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     if settings["seed"] is None:
         settings["seed"] = int.from_bytes(os.urandom(4), "big")
     sampling = Sampling(args.temperature, args.top_p, settings["seed"])
+    if chat.style != "jinja" and not 0.5 <= args.temperature <= 0.7:
+        print(f"temperature {args.temperature:g}: R1's README advises 0.5 to 0.7, against endless repetition",
+              file=sys.stderr)
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, max_seq_len,
@@ -367,8 +376,8 @@ class Results:
             if key == "seed" and settings[key] is None:
                 settings[key] = made                    # a new run draws one, a resumed one keeps it
             if settings.get(key) != made:
-                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; --resume needs "
-                                 f"the same settings, or remove it")
+                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; --resume "
+                                 f"needs the same settings, or remove it")
         for record in map(json.loads, lines):
             self.records[record["index"], record["sample"]] = record
 
@@ -434,11 +443,11 @@ def describe(event: Event, tokens: list[int], given: dict, chat: Chat) -> dict:
             "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}
 
 
-def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks) -> None:
+def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks, boxed: bool) -> None:
     """Chat until /exit or end of file. Rank 0 (which has `chat`) talks; the others follow its prompts."""
     messages: list[dict] = []
     while True:
-        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len) if chat else None)
+        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len, boxed) if chat else None)
         if prompt is None:
             return
         answer = show(job.run(model, [prompt]), chat, messages)
@@ -453,7 +462,7 @@ def show(events: Iterator[Event], chat: Chat | None, messages: list[dict]) -> st
     return ""
 
 
-def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] | None:
+def read_turn(messages: list[dict], chat: Chat, max_seq_len: int, boxed: bool = False) -> list[int] | None:
     """Ask for the next message, append it, and return the whole conversation's ids; None to leave."""
     while True:
         try:
@@ -474,7 +483,7 @@ def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] |
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                prompt = chat.encode(messages)
+                prompt = chat.encode(advised(messages, boxed)[0])
             except ValueError as error:
                 messages.pop()
                 print(f"({error})")
@@ -523,6 +532,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="tokens of prompt and answer together (default: what is needed, up to the "
                              f"model's context; interactive: {CONVERSATION})")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    parser.add_argument("--boxed", action="store_true",
+                        help=r"add R1's directive for mathematics: the answer in \boxed{}")
+    parser.add_argument("--allow-system", action="store_true",
+                        help="keep system messages, which R1 was not made for, out of the user's turn")
     parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
@@ -594,7 +607,7 @@ def run(args: argparse.Namespace) -> int:
         if args.interactive:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            run_interactive(model, job, chat, ranks)
+            run_interactive(model, job, chat, ranks, args.boxed)
         elif args.prompt:
             show(job.run(model, job.prompts), chat, as_messages(records[0]) if chat else [])
         else:

@@ -149,19 +149,41 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
     records = [json.loads(line) for line in whole.read_text().split("\n")[:-1]]
     assert [(r["index"], r["sample"]) for r in records] == [(i, s) for i in range(3) for s in range(5)]
     assert len({r["text"] for r in records[:5]}) == 5
-    with subprocess.Popen(program("generate.py", *args, "--output-file", out), stderr=subprocess.DEVNULL) as job:
-        while not part.exists() or part.read_text().count("\n") < 4:           # its settings, and three samples
+    command = program("generate.py", *args, "--output-file", out)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as job:
+        while not part.exists() or part.read_text().count("\n") < 4:       # its settings, and three samples
             assert job.poll() is None
             time.sleep(0.001)
         job.kill()
     part.write_bytes(part.read_bytes() + b'{"index": 2, "sam')                  # a line cut short
     assert not out.exists()
-    for more, word in (([], "--resume goes on with it"), (["--resume", "--top-p", "0.9"], "made with top_p 0.95")):
+    for more, word in (([], "--resume goes on with it"),
+                       (["--resume", "--top-p", "0.9"], "made with top_p 0.95")):
         done = run("generate.py", *args, "--output-file", out, *more)
         assert done.returncode == 2 and word in done.stderr and part.exists()
     args = args[:-2]                                                            # the seed is kept
     assert run("generate.py", *args, "--output-file", out, "--resume").returncode == 0
     assert out.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "system", "content": "Be brief."},'
+                                      ' {"role": "user", "content": "1 + 1?"}]}\n')
+    args = ["--ckpt-path", str(folders / "hf"), "--input-file", str(tmp_path / "p.jsonl"),
+            "--max-new-tokens", "1"]
+    prompts, original = [], generate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generate", lambda model, given, *more: (
+            prompts.append(given[0]), original(model, given, *more))[1])
+        for more in ([], ["--allow-system"], ["--boxed", "--temperature", "1"]):
+            assert generate.main([*args, *more]) == 0
+    tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
+    plain, allowed, boxed = map(tokenizer.decode, prompts)
+    assert plain == "<｜User｜>Be brief.\n\n1 + 1?<｜Assistant｜><think>\n"
+    assert allowed == "Be brief.<｜User｜>1 + 1?<｜Assistant｜><think>\n"
+    assert boxed.endswith("final answer within \\boxed{}.<｜Assistant｜><think>\n")
+    error = capsys.readouterr().err
+    assert error.count("moved into the user's turn") == 2 and error.count("advises 0.5 to 0.7") == 1
 
 
 # Interactive
@@ -327,7 +349,7 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     monkeypatch.setattr(generate.os, "replace", full_disk)
     assert generate.main([*args, "--output-file", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # what --resume goes on with
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 
 def damage(name: str, change):
