@@ -13,10 +13,12 @@ inside <think>.
 those.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernel
-from chat import Chat, ReasoningParser, TextStream, Tokenizer, split_reasoning
-from convert import Checkpoint, Parser, load_model
+from chat import Chat, ReasoningParser, TextStream, Tokenizer, advised, split_reasoning
+from convert import Checkpoint, Parser, fingerprint, load_model
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,8 +80,9 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Event:
-    """What one forward pass added to one prompt's completion."""
+    """What one forward pass added to one completion."""
     prompt: int                         # index of the prompt
+    sample: int                         # which of its completions
     tokens: tuple[int, ...]             # new tokens; the end token is not among them
     logprobs: tuple[float, ...]         # of these tokens, under the model's own distribution (temperature 1)
     finish_reason: str | None           # None: goes on. "stop": end token. "length": no room for more
@@ -89,16 +92,21 @@ class Event:
 class Row:
     """A completion in progress: one row of the batch."""
     prompt: int
+    sample: int
     length: int                         # tokens in its cache row
     budget: int                         # tokens that it may still produce
     rng: np.random.Generator            # its own stream, so its draws do not depend on its neighbours
     token: int = 0                      # drawn, but not yet run through the model
+    ended: bool = False                 # its place is free for the next completion
 
 
 def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterable[int], max_new_tokens: int,
-             sampling: Sampling = Sampling(), n_tokens: int | None = None) -> Iterator[Event]:
-    """Complete every prompt (token ids), model.rt.rows at a time; a row that ends is refilled at once.
+             sampling: Sampling = Sampling(), n_tokens: int | None = None,
+             wanted: Iterable[tuple[int, int]] | None = None) -> Iterator[Event]:
+    """Complete prompts (token ids), model.rt.rows at a time; a row that ends is refilled at once.
 
+    `wanted` lists (prompt index, sample number), default one sample of each prompt. Samples of a prompt that
+    follow each other share its prefill. A sample's tokens depend on (seed, prompt, sample) and nothing else.
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     or when prompt and completion fill rt.max_seq_len. Ids from `n_tokens` on (padding of the embedding) are
     never drawn. With several ranks, all call this with the same arguments; rank 0 draws and the others
@@ -109,41 +117,49 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
         if not 0 < len(prompt) < rt.max_seq_len:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {rt.max_seq_len - 1} fit, because "
                              f"max_seq_len is {rt.max_seq_len} and the answer needs room")
-    cache, waiting, rows = Cache.allocate(model.cfg, rt), deque(enumerate(prompts)), []
+    waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
+    cache, rows, prefilled = Cache.allocate(model.cfg, rt), [], (-1, None)
     while waiting or rows:
-        if waiting and len(rows) < rt.rows:
-            index, prompt = waiting.popleft()
-            budget = min(max_new_tokens, rt.max_seq_len - len(prompt))
-            rows.append(Row(index, len(prompt), budget, np.random.default_rng((sampling.seed, index))))
-            logits = prefill(model, prompt, cache.view(slice(len(rows) - 1, len(rows)), rt.max_seq_len))
-            advanced = rows[-1:]
+        slot = next((i for i, row in enumerate(rows) if row.ended), len(rows))
+        if waiting and slot < rt.rows:
+            index, sample = waiting.popleft()
+            length = len(prompts[index])
+            sources = [i for i, row in enumerate(rows) if row.prompt == index == prefilled[0]]
+            if sources:                                     # a row still begins with this prompt: clone it
+                cache.copy_row(sources[0], slot, length)
+            else:
+                prefilled = index, prefill(model, prompts[index], cache, slot)
+            budget = min(max_new_tokens, rt.max_seq_len - length)
+            rng = np.random.default_rng((sampling.seed, index, sample))
+            rows[slot:slot + 1] = [Row(index, sample, length, budget, rng)]
+            advanced, logits = rows[slot:slot + 1], prefilled[1]
+        elif slot < len(rows):                                  # nothing waits: close the gap
+            drop_row(rows, slot, cache)
+            continue
         else:
-            tokens = torch.tensor([[row.token] for row in rows], device=rt.device)  # [b, 1]
+            tokens = torch.tensor([[row.token] for row in rows], device=rt.device)      # [b, 1]
             slots = max(row.length for row in rows) + 1
-            logits = model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]  # [b, vocab]
+            logits = model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]   # [b, vocab]
             for row in rows:
                 row.length += 1
-            advanced = list(rows)
-        tokens, logprobs = draw(logits, advanced, sampling, n_tokens, rt.tp)
-        for row, token, logprob in zip(advanced, tokens, logprobs):
+            advanced = rows
+        for row, token, logprob in zip(advanced, *draw(logits, advanced, sampling, n_tokens, rt.tp)):
             row.token, row.budget = token, row.budget - 1
             reason = "stop" if token in stop_ids else "length" if row.budget == 0 else None
+            row.ended = reason is not None
             new = () if reason == "stop" else (token,)
-            yield Event(row.prompt, new, (logprob,)[:len(new)], reason)
-            if reason:
-                drop_row(rows, row, cache)
+            yield Event(row.prompt, row.sample, new, (logprob,)[:len(new)], reason)
 
 
-def prefill(model: Transformer, prompt: list[int], cache: Cache) -> Tensor:
-    """Run a prompt through an emptied cache of one row, in chunks; logits [1, vocab] after its last token.
+def prefill(model: Transformer, prompt: list[int], cache: Cache, slot: int) -> Tensor:
+    """Fill row `slot` of the cache with a prompt, in chunks; logits [1, vocab] after its last token.
 
     Chunks bound the memory of activations and scores; each pass sees no more slots than are filled.
     """
-    cache.lengths.zero_()
-    chunk, done = model.rt.prefill_chunk, 0
-    for piece in torch.tensor([prompt], device=model.rt.device).split(chunk, dim=1):  # [1, <= chunk]
-        done += piece.shape[1]
-        logits = model(piece, cache.view(slice(0, 1), done), last=1)
+    cache.lengths[slot] = done = 0
+    for piece in torch.tensor([prompt], device=model.rt.device).split(model.rt.prefill_chunk, dim=1):
+        done += piece.shape[1]                                                      # piece [1, <= chunk]
+        logits = model(piece, cache.view(slice(slot, slot + 1), done), last=1)
     return logits[:, -1]
 
 
@@ -166,13 +182,12 @@ def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | No
     return tokens.tolist(), logprobs
 
 
-def drop_row(rows: list[Row], row: Row, cache: Cache) -> None:
+def drop_row(rows: list[Row], slot: int, cache: Cache) -> None:
     """Take a finished row out of the batch; the last row fills its gap, so rows 0 .. n-1 are in use."""
-    gap, last = rows.index(row), len(rows) - 1
-    if gap != last:
-        cache.copy_row(last, gap, rows[last].length)
-        rows[gap] = rows[last]
-    rows.pop()
+    last = rows.pop()
+    if slot < len(rows):
+        cache.copy_row(len(rows), slot, last.length)
+        rows[slot] = last
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,9 +265,11 @@ class Job:
     max_seq_len: int
     rows: int = 1
     prompts: list[list[int]] = field(default_factory=list)      # empty when interactive
+    wanted: list[tuple[int, int]] | None = None                 # (prompt, sample) that are still to be made
 
     def run(self, model: Transformer, prompts: list[list[int]]) -> Iterator[Event]:
-        return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens)
+        return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens,
+                        self.wanted)
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -286,21 +303,33 @@ def as_messages(record: dict) -> list[dict]:
     return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
 
 
-def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[dict]) -> Job:
-    """Encode the prompts and fix the lengths. ValueError, with the numbers, if something does not fit."""
-    tokenizer, prompts = chat.tokenizer, []
+def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) -> list[list[int]]:
+    prompts, moved = [], False
+    for number, record in enumerate(records, 1):
+        try:
+            chat.check(messages := as_messages(record))
+            messages, folded = advised(messages, args.boxed, args.allow_system or chat.style == "jinja")
+            prompts.append(chat.encode(messages))
+        except ValueError as error:
+            raise ValueError(f"{where(args, number)}: {error}") from None
+        moved |= folded
+    if moved:
+        print("system messages were moved into the user's turn, as R1's README advises; --allow-system keeps "
+              "them", file=sys.stderr)
+    return prompts
 
-    def where(number: int) -> str:
-        return f"{args.input_file}, line {number}" if args.input_file else "--prompt"
 
+def where(args: argparse.Namespace, number: int) -> str:
+    return f"{args.input_file}, line {number}" if args.input_file else "--prompt"
+
+
+def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, records: list[dict]) -> tuple:
+    """The job, and its results so far. ValueError, with the numbers, if something does not fit."""
+    cfg, tokenizer = checkpoint.cfg, chat.tokenizer
     if tokenizer.n_tokens > cfg.vocab_size:
         raise ValueError(f"the tokenizer in {args.ckpt_path} has {tokenizer.n_tokens} tokens, the model only "
                          f"{cfg.vocab_size}: they do not belong together")
-    for number, record in enumerate(records, 1):
-        try:
-            prompts.append(chat.encode(as_messages(record)))
-        except ValueError as error:
-            raise ValueError(f"{where(number)}: {error}") from None
+    prompts = encode_prompts(args, chat, records)
     longest = max(map(len, prompts), default=0)
     wanted = longest + args.max_new_tokens if prompts else CONVERSATION
     max_seq_len = args.max_seq_len or min(wanted, cfg.context_len)
@@ -308,50 +337,118 @@ def plan_job(args: argparse.Namespace, cfg: Config, chat: Chat, records: list[di
         raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= max_seq_len:
-            raise ValueError(f"{where(number)}: the prompt has {len(prompt)} tokens; with "
+            raise ValueError(f"{where(args, number)}: the prompt has {len(prompt)} tokens; with "
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "big")
-    return Job(Sampling(args.temperature, args.top_p, seed), tokenizer.stop_ids, tokenizer.n_tokens,
-               args.max_new_tokens, max_seq_len, max(1, min(args.batch_size, len(prompts))), prompts)
+    flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype", "fp8")
+    settings = {flag: getattr(args, flag) for flag in flags}
+    settings |= {"max_seq_len": max_seq_len, "checkpoint": fingerprint(checkpoint),
+                 "prompts": hashlib.sha256(json.dumps([records, prompts]).encode()).hexdigest()[:16]}
+    results = Results(args.output_file, settings, args.resume)
+    if settings["seed"] is None:
+        settings["seed"] = int.from_bytes(os.urandom(4), "big")
+    sampling = Sampling(args.temperature, args.top_p, settings["seed"])
+    if chat.style != "jinja" and not 0.5 <= args.temperature <= 0.7:
+        print(f"temperature {args.temperature:g}: R1's README advises 0.5 to 0.7, against endless repetition",
+              file=sys.stderr)
+    wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
+              if (i, sample) not in results.records]
+    job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, max_seq_len,
+              max(1, min(args.batch_size, len(wanted))), prompts, wanted if prompts else None)
+    return job, results
 
 
-def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict], out: Path | None) -> None:
-    """Complete all prompts; rank 0 writes one JSON object a line, in input order, when all are done."""
-    tokens: list[list[int]] = [[] for _ in job.prompts]
-    reasons: list[str | None] = [None] * len(job.prompts)
-    with tqdm(total=len(job.prompts), desc="generate", unit="prompt", disable=chat is None) as bar:
+class Results:
+    """The lines of --output-file: appended to FILE.part as samples finish, in input order in FILE at the end.
+
+    The first line of FILE.part says what is being made, so that --resume can tell whether it goes on with the
+    same thing. Without a file, all lines go to standard output at the end.
+    """
+
+    def __init__(self, out: Path | None, settings: dict, resume: bool):
+        self.out, self.records = out, {}
+        self.part = part = out and out.with_name(out.name + ".part")
+        self.settings = settings
+        if part is None or not part.exists():
+            return
+        if not resume:
+            raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
+        head, *lines = part.read_text(encoding="utf-8").rpartition("\n")[0].split("\n")
+        for key, made in json.loads(head or "{}").items():
+            if key == "seed" and settings[key] is None:
+                settings[key] = made                    # a new run draws one, a resumed one keeps it
+            if settings.get(key) != made:
+                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; --resume "
+                                 f"needs the same settings, or remove it")
+        for record in map(json.loads, lines):
+            self.records[record["index"], record["sample"]] = record
+
+    def open(self) -> None:
+        """Start the file of parts, or cut off what an interrupted line left of it."""
+        if self.part:
+            lines = [json.dumps(self.settings),
+                     *(json.dumps(record, ensure_ascii=False) for record in self.records.values())]
+            write_file(self.part, "\n".join(lines) + "\n")
+
+    def add(self, record: dict) -> None:
+        self.records[record["index"], record["sample"]] = record
+        if self.part:
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        lines = [json.dumps(self.records[key], ensure_ascii=False) for key in sorted(self.records)]
+        if self.out is None:
+            print("\n".join(lines))
+        else:
+            write_file(self.out, "\n".join(lines) + "\n")
+            self.part.unlink()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)             # gone already, unless writing failed
+
+
+def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict],
+              results: Results | None) -> None:
+    """Complete what is wanted; rank 0 writes a JSON object a line as samples finish."""
+    tokens: dict[tuple[int, int], list[int]] = {}
+    if chat:
+        results.open()
+    with tqdm(total=len(job.wanted), desc="generate", unit="sample", disable=chat is None) as bar:
+        n_tokens, start = 0, time.monotonic()
         for event in job.run(model, job.prompts):
-            tokens[event.prompt] += event.tokens
+            tokens.setdefault((event.prompt, event.sample), []).extend(event.tokens)
+            n_tokens += len(event.tokens)
             if event.finish_reason:
-                reasons[event.prompt] = event.finish_reason
+                ids = tokens.pop((event.prompt, event.sample))
+                if chat:
+                    results.add(describe(event, ids, records[event.prompt], chat))
+                bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
                 bar.update()
-    if chat is None:                                                            # not rank 0
-        return
-    lines = []
-    for index, record in enumerate(records):
-        text = chat.tokenizer.decode(tokens[index])
-        thinking = chat.thinks(chat.render(as_messages(record)))
-        reasoning, answer, _ = split_reasoning(text, thinking)
-        given = {key: record[key] for key in ("prompt", "messages") if key in record}
-        result = {"index": index, **given, "text": text, "reasoning": reasoning, "answer": answer,
-                  "tokens": tokens[index], "finish_reason": reasons[index]}
-        lines.append(json.dumps(result, ensure_ascii=False))
-    if out is None:
-        print("\n".join(lines))
-    else:
-        part = out.with_name(out.name + ".part")
-        try:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(part, out)
-        finally:
-            part.unlink(missing_ok=True)        # gone already, unless writing failed
+    if chat:
+        results.finish()
 
 
-def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks) -> None:
+def describe(event: Event, tokens: list[int], given: dict, chat: Chat) -> dict:
+    """A line of the output: the end of a completion and what it belongs to."""
+    text = chat.tokenizer.decode(tokens)
+    reasoning, answer, _ = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
+    given = {key: given[key] for key in ("prompt", "messages") if key in given}
+    return {"index": event.prompt, "sample": event.sample, **given, "text": text, "reasoning": reasoning,
+            "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}
+
+
+def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks, boxed: bool) -> None:
     """Chat until /exit or end of file. Rank 0 (which has `chat`) talks; the others follow its prompts."""
     messages: list[dict] = []
     while True:
-        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len) if chat else None)
+        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len, boxed) if chat else None)
         if prompt is None:
             return
         answer = show(job.run(model, [prompt]), chat, messages)
@@ -366,7 +463,7 @@ def show(events: Iterator[Event], chat: Chat | None, messages: list[dict]) -> st
     return ""
 
 
-def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] | None:
+def read_turn(messages: list[dict], chat: Chat, max_seq_len: int, boxed: bool = False) -> list[int] | None:
     """Ask for the next message, append it, and return the whole conversation's ids; None to leave."""
     while True:
         try:
@@ -387,7 +484,7 @@ def read_turn(messages: list[dict], chat: Chat, max_seq_len: int) -> list[int] |
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                prompt = chat.encode(messages)
+                prompt = chat.encode(advised(messages, boxed)[0])
             except ValueError as error:
                 messages.pop()
                 print(f"({error})")
@@ -426,12 +523,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                       help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
     parser.add_argument("--output-file", type=Path, metavar="FILE",
                         help="JSON lines (default: standard output)")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts that run together (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="K",
+                        help="completions of each prompt (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="that run together (%(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the --output-file of a run that was interrupted")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="per answer (%(default)s)")
     parser.add_argument("--max-seq-len", type=int,
                         help="tokens of prompt and answer together (default: what is needed, up to the "
                              f"model's context; interactive: {CONVERSATION})")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    parser.add_argument("--boxed", action="store_true",
+                        help=r"add R1's directive for mathematics: the answer in \boxed{}")
+    parser.add_argument("--allow-system", action="store_true",
+                        help="keep system messages, which R1 was not made for, out of the user's turn")
     parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
@@ -442,17 +547,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              "gemm on GPUs with FP8 tensor cores, else dequant")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "max_seq_len"):
+    for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
     if args.output_file and not args.input_file:
         parser.error("--output-file goes with --input-file")
+    if args.num_samples > 1 and not args.input_file:
+        parser.error("--num-samples goes with --input-file")
+    if args.resume and not args.output_file:
+        parser.error("--resume goes with --output-file")
     if args.prompt == "":
         parser.error("--prompt is empty")
     return args
 
 
-def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dict]]:
+def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dict], Results]:
     """Everything that can go wrong before weights are read, in the order of its cost. Rank 0 only."""
     if args.output_file and not args.output_file.absolute().parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: there is no folder {args.output_file.parent}")
@@ -466,10 +575,10 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     checkpoint = Checkpoint(args.ckpt_path, args.config)
     checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
     chat = Chat(Tokenizer(args.ckpt_path))
-    job = plan_job(args, checkpoint.cfg, chat, records)
+    job, results = plan_job(args, checkpoint, chat, records)
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
-    return job, chat, records
+    return job, chat, records, results
 
 
 def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> Transformer:
@@ -488,7 +597,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         ranks = Ranks.start(args.device)
         first = ranks.tp.rank == 0
-        job, chat, records = ranks.together(lambda: prepare(args, ranks) if first else (None, None, []))
+        job, chat, records, results = ranks.together(
+            lambda: prepare(args, ranks) if first else (None, None, [], None))
         job = ranks.share(job)
         model = ranks.together(lambda: load(args, job, ranks))
     except (ValueError, OSError) as error:
@@ -501,11 +611,11 @@ def run(args: argparse.Namespace) -> int:
         if args.interactive:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            run_interactive(model, job, chat, ranks)
+            run_interactive(model, job, chat, ranks, args.boxed)
         elif args.prompt:
             show(job.run(model, job.prompts), chat, as_messages(records[0]) if chat else [])
         else:
-            run_batch(model, job, chat, records, args.output_file)
+            run_batch(model, job, chat, records, results)
     except (OSError, FloatingPointError) as error:
         return fail(error)
     return 0

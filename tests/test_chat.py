@@ -3,14 +3,17 @@
 The expected strings were rendered once from the templates of DeepSeek-R1 and of its distills (the version
 that forces <think>). Other templates are compared with transformers. Everything is exact: no tolerance.
 """
+import hashlib
 import random
+from datetime import date
 from itertools import combinations
 
 import pytest
 from test_tokenizer import BOS, EOS, R1_ROLES, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from chat import Chat, ReasoningParser, Tokenizer, split_reasoning
+from chat import (BOXED, FILE_TEMPLATE, SEARCH_TEMPLATE_EN, SEARCH_TEMPLATE_ZH, Chat, ReasoningParser,
+                  Tokenizer, advised, file_prompt, search_prompt, split_reasoning)
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 ONE_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>"
@@ -198,3 +201,33 @@ def test_only_what_may_be_a_tag_is_held_back():
     assert parser.feed("1 </") == [("reasoning", "1 ")] and parser.feed("2") == [("reasoning", "</2")]
     assert parser.feed(" </think>\n") == [("reasoning", " ")] and parser.feed("\nx") == [("answer", "x")]
     assert ReasoningParser(thinking=False).feed("2") == [("answer", "2")]
+
+
+@pytest.mark.parametrize("template, length, digest", [
+    (FILE_TEMPLATE, 90, "45e718c209246a85"), (SEARCH_TEMPLATE_ZH, 852, "26520ec2010163d6"),
+    (SEARCH_TEMPLATE_EN, 2517, "0626f1984a3ff4d9")], ids=["file", "search zh", "search en"])
+def test_the_official_prompts_are_deepseeks_byte_for_byte(template, length, digest):
+    assert len(template) == length
+    assert hashlib.sha256(template.encode()).hexdigest()[:16] == digest     # of the texts in R1's README
+
+
+def test_official_prompts_take_files_and_web_pages_as_they_are():
+    assert file_prompt("a{b}.txt", "x {y}\n", "Why?") == (
+        "[file name]: a{b}.txt\n[file content begin]\nx {y}\n\n[file content end]\nWhy?")
+    today = date(2025, 2, 6)
+    english = search_prompt(["one", "two"], "Who?", today)
+    assert "\n[webpage 1 begin]one[webpage 1 end]\n[webpage 2 begin]two[webpage 2 end]\nIn the" in english
+    assert "- Today is February 6, 2025.\n" in english and english.endswith("user's message is:\nWho?")
+    chinese = search_prompt(["one"], "谁?", today)
+    assert "- 今天是2025年2月6日。\n" in chinese and chinese.endswith("用户消息为：\n谁?")
+
+
+def test_system_text_moves_into_the_first_user_turn_and_the_directive_to_the_last():
+    s, u, a, v = ({"role": role, "content": text} for role, text in
+                  (("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")))
+    assert advised([u, a, v]) == ([u, a, v], False)
+    assert advised([s, u, a, s, v]) == ([{**u, "content": "S\n\nS\n\nU"}, a, v], True)
+    assert advised([s, u], allow_system=True) == ([s, u], False)
+    assert advised([u, a, v], boxed=True) == ([u, a, {**v, "content": "V\n" + BOXED}], False)
+    assert u["content"] == "U" and "\\boxed{}." in BOXED
+    assert advised([s]) == ([s], False)

@@ -6,8 +6,10 @@ different numbers of ranks are compared byte for byte: greedy and seeded tokens 
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pexpect
@@ -78,8 +80,9 @@ def test_a_batch_comes_back_in_order_with_all_fields(folders):
     given = [json.loads(line) for line in (folders / "prompts.jsonl").read_text().split("\n")[:-1]]
     for index, (record, source) in enumerate(zip(records, given, strict=True)):
         kind = "prompt" if "prompt" in source else "messages"
-        assert list(record) == ["index", kind, "text", "reasoning", "answer", "tokens", "finish_reason"]
-        assert record["index"] == index and record[kind] == source[kind]
+        assert list(record) == ["index", "sample", kind, "text", "reasoning", "answer", "tokens",
+                                "finish_reason"]
+        assert record["index"] == index and record["sample"] == 0 and record[kind] == source[kind]
         assert record["finish_reason"] in ("stop", "length") and 0 < len(record["tokens"]) <= 24
         tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
         assert record["text"] == tokenizer.decode(record["tokens"])
@@ -137,6 +140,52 @@ def test_convert_and_help_run_as_programs(folders, tmp_path):
         assert run(name, "--help").returncode == 0
 
 
+def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tmp_path):
+    args = ["--ckpt-path", folders / "hf", "--input-file", folders / "prompts.jsonl", "--max-new-tokens", 40,
+            "--dtype", "float32", "--num-samples", 5, "--batch-size", 2, "--seed", 4]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    part = tmp_path / "out.jsonl.part"
+    assert run("generate.py", *args, "--output-file", whole).returncode == 0
+    records = [json.loads(line) for line in whole.read_text().split("\n")[:-1]]
+    assert [(r["index"], r["sample"]) for r in records] == [(i, s) for i in range(3) for s in range(5)]
+    assert len({r["text"] for r in records[:5]}) == 5
+    command = program("generate.py", *args, "--output-file", out)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as job:
+        while not part.exists() or part.read_text().count("\n") < 4:       # its settings, and three samples
+            assert job.poll() is None
+            time.sleep(0.001)
+        job.kill()
+    part.write_bytes(part.read_bytes() + b'{"index": 2, "sam')                  # a line cut short
+    assert not out.exists()
+    for more, word in (([], "--resume goes on with it"),
+                       (["--resume", "--top-p", "0.9"], "made with top_p 0.95")):
+        done = run("generate.py", *args, "--output-file", out, *more)
+        assert done.returncode == 2 and word in done.stderr and part.exists()
+    args = args[:-2]                                                            # the seed is kept
+    assert run("generate.py", *args, "--output-file", out, "--resume").returncode == 0
+    assert out.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "system", "content": "Be brief."},'
+                                      ' {"role": "user", "content": "1 + 1?"}]}\n')
+    args = ["--ckpt-path", str(folders / "hf"), "--input-file", str(tmp_path / "p.jsonl"),
+            "--max-new-tokens", "1"]
+    prompts, original = [], generate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generate", lambda model, given, *more: (
+            prompts.append(given[0]), original(model, given, *more))[1])
+        for more in ([], ["--allow-system"], ["--boxed", "--temperature", "1"]):
+            assert generate.main([*args, *more]) == 0
+    tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
+    plain, allowed, boxed = map(tokenizer.decode, prompts)
+    assert plain == "<｜User｜>Be brief.\n\n1 + 1?<｜Assistant｜><think>\n"
+    assert allowed == "Be brief.<｜User｜>1 + 1?<｜Assistant｜><think>\n"
+    assert boxed.endswith("final answer within \\boxed{}.<｜Assistant｜><think>\n")
+    error = capsys.readouterr().err
+    assert error.count("moved into the user's turn") == 2 and error.count("advises 0.5 to 0.7") == 1
+
+
 # Interactive
 
 
@@ -186,7 +235,7 @@ def test_the_next_prompt_holds_old_answers_but_no_old_reasoning(folders, capsys,
     talk = Chat(ChatTokenizer(folders / "hf"))
     messages = [{"role": "user", "content": "Hi"}]
     ids = talk.tokenizer.encode("I think...</think>\n\nHello 你好!")
-    events = [generate.Event(0, (i,), (0.0,), None) for i in ids] + [generate.Event(0, (), (), "stop")]
+    events = [generate.Event(0, 0, (i,), (0.0,), None) for i in ids] + [generate.Event(0, 0, (), (), "stop")]
     answer = generate.stream_answer(iter(events), talk, messages)
     assert capsys.readouterr().out == "<think>\nI think...</think>\n\nHello 你好!\n\n"
     messages.append({"role": "assistant", "content": answer})
@@ -204,9 +253,9 @@ def test_text_is_on_the_screen_before_the_next_token_is_computed(folders, monkey
 
     def events():
         for text in "so</think>ok":
-            yield generate.Event(0, tuple(talk.tokenizer.encode(text)), (0.0,), None)
+            yield generate.Event(0, 0, tuple(talk.tokenizer.encode(text)), (0.0,), None)
             assert shown[-1].endswith(text)
-        yield generate.Event(0, (), (), "stop")
+        yield generate.Event(0, 0, (), (), "stop")
 
     assert generate.stream_answer(events(), talk, [{"role": "user", "content": "?"}]) == "ok"
 
@@ -290,14 +339,17 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     assert generate.main([*args, "--output-file", str(prompts)]) == 2
     assert "the same as --input-file" in capsys.readouterr().err and prompts.read_text() == "hi\n"
 
-    def full_disk(part, target):
-        assert part.exists() and not target.exists()
-        raise OSError(28, "No space left on device")
+    def full_disk(new, target):
+        assert new.exists() and not target.exists()
+        if target == out:
+            raise OSError(28, "No space left on device")
+        return replace(new, target)
 
+    replace = os.replace
     monkeypatch.setattr(generate.os, "replace", full_disk)
     assert generate.main([*args, "--output-file", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == [prompts]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 
 def damage(name: str, change):

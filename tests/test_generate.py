@@ -101,6 +101,32 @@ def test_finished_rows_are_refilled_and_idle_rows_cost_nothing(both):
     assert sum(decode) - 1 <= steps <= sum(decode) + len(PROMPTS)
 
 
+def samples(model, wanted, **more) -> dict[tuple[int, int], list[int]]:
+    tokens = {pair: [] for pair in wanted}
+    for event in generate(model, PROMPTS, (), 12, Sampling(1.0, 1.0, 5), wanted=wanted, **more):
+        tokens[event.prompt, event.sample] += event.tokens
+    return tokens
+
+
+def test_a_samples_tokens_depend_on_seed_prompt_and_sample_alone(both):
+    path, _ = both
+    wanted = [(prompt, sample) for prompt in (0, 1, 3) for sample in range(4)]
+    alone = {pair: samples(tiny.load(path, rows=1), [pair])[pair] for pair in wanted}
+    assert len(set(map(tuple, alone.values()))) == len(wanted)
+    for rows in (1, 2, 5, 20):
+        assert samples(tiny.load(path, rows=rows), wanted) == alone
+    assert samples(tiny.load(path, rows=3), wanted[::-1]) == alone
+    mixed = sorted(wanted, key=lambda pair: pair[1])            # neighbours never share a prompt
+    assert samples(tiny.load(path, rows=3), mixed) == alone
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_samples(both):
+    for rows in (1, 2, 5, 20):
+        model = Counting(tiny.load(both[0], rows=rows))
+        samples(model, [(prompt, sample) for prompt in (1, 4) for sample in range(6)])
+        assert [n_new for _, n_new in model.shapes if n_new > 1] == [60, 33]
+
+
 def test_the_end_token_ends_a_completion_and_is_not_part_of_it(both):
     model = tiny.load(both[0], rows=2)
     free = complete(model, new=20)
@@ -109,7 +135,7 @@ def test_the_end_token_ends_a_completion_and_is_not_part_of_it(both):
     first = free[1].index(stop)
     assert [event.tokens for event in events] == [(token,) for token in free[1][:first]] + [()]
     assert [event.finish_reason for event in events] == [None] * first + ["stop"]
-    assert events[-1] == Event(0, (), (), "stop")
+    assert events[-1] == Event(0, 0, (), (), "stop")
 
 
 def test_length_ends_a_completion_at_max_new_tokens_and_at_the_end_of_the_cache(both):

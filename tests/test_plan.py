@@ -1,0 +1,104 @@
+"""Claim: what tools/plan.py says of a model before it is there is what the model takes when it is.
+
+Weights and cache are compared with the bytes of loaded tensors, exactly; the activations' bound with the peak
+of a process of its own that runs a prompt.
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from convert import load_config
+from model import Cache, Runtime, Shard
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import plan  # noqa: E402
+
+R1 = ROOT / "config_671B.json"
+
+
+@pytest.mark.parametrize("name", ["moe", "fp8", "dense", "tied"])
+def test_weights_and_cache_are_those_of_the_loaded_model(name, tmp_path):
+    config = {"dense": tiny.qwen2, "tied": tiny.llama}.get(name, tiny.deepseek)
+    more = {"tied": dict(tie_word_embeddings=True), "fp8": dict(moe_intermediate_size=256)}.get(name, {})
+    tiny.write(tmp_path, config(**more))
+    if name == "fp8":
+        tiny.quantise(tmp_path)
+    for ranks in (1, 2):
+        model = tiny.load(tmp_path, Shard(0, ranks), rows=3, max_seq_len=100, dtype=torch.bfloat16)
+        p = plan.plan(load_config(tmp_path / "config.json"), model.rt)
+        own = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}     # a tied head is there once
+        assert p.weights == sum(own.values())
+        cache = Cache.allocate(model.cfg, model.rt)
+        assert p.cache == sum(buffer.nbytes for layer in cache.layers for buffer in layer)
+        assert p.cache == 300 * p.cache_per_token
+
+
+def test_r1_takes_the_published_bytes_and_reads_what_37_billion_parameters_take():
+    p = plan.plan(load_config(R1), Runtime(tp=Shard(0, 8), rows=1, max_seq_len=1))
+    dequantised = 61 * (32768 * 512 // 8 - 256 * 4 * 4 // 8)        # wkv_b: a second byte, but no scales
+    assert p.weights == 85_140_130_848 + dequantised and p.cache_per_token == 70_272
+    one = plan.plan(load_config(R1), Runtime(rows=1, max_seq_len=1))
+    assert 37e9 < one.step < 40e9                               # 36.6 B parameters: FP8, head and gate bf16
+    many = plan.plan(load_config(R1), Runtime(rows=10_000, max_seq_len=1))
+    assert many.step > 0.99 * (many.weights - 129280 * 7168 * 2)    # a large batch reads every expert
+
+
+MEASURE = """
+import sys, re
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, tiny
+from generate import Sampling, generate
+torch.set_num_threads(1)
+model = tiny.load({path!r}, rows=1, max_seq_len=4096, prefill_chunk={chunk})
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+next(generate(model, [[1] * 64], (), 1, Sampling(0)))
+before = memory("VmRSS")
+next(generate(model, [[1] * 4000], (), 1, Sampling(0)))
+print(memory("VmHWM") - before)
+"""
+
+
+def test_activations_are_near_the_bound(tmp_path):
+    tiny.write(tmp_path, tiny.qwen2(hidden_size=768, intermediate_size=3072, num_hidden_layers=2))
+    rt = Runtime(dtype=torch.float32, max_seq_len=4096, prefill_chunk=2048)
+    p = plan.plan(load_config(tmp_path / "config.json"), rt)
+    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=2048)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    used = int(done.stdout) - p.cache                           # its pages are touched by the prompt, too
+    assert 0.5 * p.activations < used < 1.3 * p.activations     # malloc and BLAS keep buffers of their own
+
+
+def run(capsys, *args, gib="80", gpus="8") -> tuple[int, str]:
+    code = plan.main(["--config", str(R1), "--gpu-gib", gib, "--gpus", gpus, *args])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_report_says_what_fits_and_what_would(capsys):
+    code, text = run(capsys, "--batch", "8", "--seq", "32768", gib="141")
+    assert code == 0 and ": fits" in text and "1, 2, 4, 8, 16" in text
+    rows = int(re.search(r"largest batch at this length: +(\d+)", text)[1])
+    assert run(capsys, "--batch", str(rows), "--seq", "32768", gib="141")[0] == 0
+    assert run(capsys, "--batch", str(rows + 1), "--seq", "32768", gib="141")[0] == 1
+    code, text = run(capsys)                                        # the famous 8 x H100
+    assert code == 1 and "DOES NOT FIT" in text and "longest context at this batch: none" in text
+    assert run(capsys, gpus="16")[0] == 0                           # two nodes do
+    step = plan.plan(load_config(R1), Runtime(tp=Shard(0, 8), rows=4, max_seq_len=1000)).step
+    text = run(capsys, "--batch", "4", "--seq", "1000", "--bandwidth", "4800", gib="141")[1]
+    assert f"{step / 4.8e9:.2f} ms" in text and f"{4 * 4.8e12 / step:,.1f} tokens/s" in text
+
+
+@pytest.mark.parametrize("args, word", [(["--seq", "999999"], "at most 163840"),
+                                        (["--config", "no.json"], "no.json")])
+def test_what_cannot_be_planned_is_refused(args, word, capsys):
+    code, text = run(capsys, *args)
+    assert code == 2 and word in text and text.count("\n") == 1
+    code, text = run(capsys, gpus="3")
+    assert code == 2 and "it can over 1, 2, 4, 8, 16" in text
