@@ -43,7 +43,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo_task  # noqa: E402
 import kernel  # noqa: E402
-from chat import ASSISTANT, END_THINK, THINK, TOOLS, USER, Chat, Tokenizer  # noqa: E402
+from chat import ASSISTANT, BOXED, END_THINK, THINK, TOOLS, USER, Chat, Tokenizer  # noqa: E402
 from convert import Checkpoint, Parser, load_model  # noqa: E402
 from generate import DEMO, Sampling, generate  # noqa: E402
 from model import Runtime  # noqa: E402
@@ -60,7 +60,6 @@ CONFIG = dict(
     max_position_embeddings=2048, initializer_range=0.02, bos_token_id=0, eos_token_id=1)
 ROPE = dict(factor=4, original_max_position_embeddings=512, beta_fast=32, beta_slow=1, mscale=1.0,
             mscale_all_dim=1.0)
-ADVICE = r"Please reason step by step, and put your final answer within \boxed{}."     # R1's README
 PAD_ID = 2
 GAMMA = 1e-3                        # step of the correction bias (V3 section 4.2)
 STEPS = 2800
@@ -78,7 +77,7 @@ def train_tokenizer(folder: Path, seed: int) -> None:
     corpus = []
     for _ in range(20_000):
         p = demo_task.make(rng, heldout=False)
-        corpus.append(f"{p.question} {ADVICE}\n{p.reasoning}\n\n{p.reply}")
+        corpus.append(f"{p.question} {BOXED}\n{p.reasoning}\n\n{p.reply}")
     bpe = BPE(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{L}\p{N}]|\n+| ?\p{L}+|\s"), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -131,8 +130,8 @@ def conversation(rng: random.Random, chat: Chat) -> tuple[list[int], int]:
         p = demo_task.make(rng, heldout=False)
         messages += [{"role": "user", "content": p.question}, {"role": "assistant", "content": p.reply}]
     p = demo_task.make(rng, heldout=False)
-    advice = rng.choices(["", "\n" + ADVICE, " " + ADVICE], weights=[84, 8, 8])[0]
-    prompt = chat.encode([*messages, {"role": "user", "content": p.question + advice}])
+    directive = rng.choices(["", "\n" + BOXED, " " + BOXED], weights=[84, 8, 8])[0]
+    prompt = chat.encode([*messages, {"role": "user", "content": p.question + directive}])
     completion = chat.tokenizer.encode(f"{p.reasoning}\n{END_THINK}\n\n{p.reply}{EOS}")
     return prompt + completion, len(prompt)
 
@@ -404,10 +403,9 @@ def evaluate(folder: Path, per_kind: int, k: int, seed: int) -> dict:
     """pass@1 and cons@k on held-out questions, sampled as R1's report does (temperature 0.6, top-p 0.95)."""
     rng = random.Random(f"evaluation {seed}")
     problems = [demo_task.make(rng, True, kind) for kind in demo_task.KINDS for _ in range(per_kind)]
-    texts, loads = complete(folder, [p.question for p in problems for _ in range(k)], seed)
+    texts, loads = complete(folder, [p.question for p in problems], k, seed)
     rows = []
-    for i, p in enumerate(problems):
-        answers = texts[i * k:(i + 1) * k]
+    for p, answers in zip(problems, texts):
         grades = [demo_task.grade(text, p.answer) for text in answers]
         rows.append((p.kind, *(sum(marks) / k for marks in zip(*grades)), vote(answers, p.answer)))
         if rows[-1][3] < 1:
@@ -419,8 +417,8 @@ def evaluate(folder: Path, per_kind: int, k: int, seed: int) -> dict:
     return {**results, "load": loads}
 
 
-def complete(folder: Path, questions: list[str], seed: int) -> tuple[list[str], dict[str, list[float]]]:
-    """A completion of each question, and the share of the tokens that each expert of each layer got."""
+def complete(folder: Path, questions: list[str], k: int, seed: int) -> tuple[list[list[str]], dict[str, list]]:
+    """k completions of each question, and the share of the tokens that each expert of each layer got."""
     model = load_model(Checkpoint(folder), Runtime(dtype=torch.float32, rows=128, max_seq_len=1024))
     chat = Chat(Tokenizer(folder))
     loads = {}
@@ -432,14 +430,16 @@ def complete(folder: Path, questions: list[str], seed: int) -> tuple[list[str], 
     for i in range(CONFIG["first_k_dense_replace"], CONFIG["num_hidden_layers"]):
         model.layers[i].ffn.gate.register_forward_hook(lambda _, __, out, i=i: count(f"layer {i}", out[1]))
     prompts = [chat.encode([{"role": "user", "content": question}]) for question in questions]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    events = generate(model, prompts, chat.tokenizer.stop_ids, 700, Sampling(seed=seed), VOCAB)
-    with tqdm(total=len(prompts), desc="evaluate", unit="sample") as bar:
+    wanted = [(i, sample) for i in range(len(prompts)) for sample in range(k)]
+    tokens = {pair: [] for pair in wanted}
+    events = generate(model, prompts, chat.tokenizer.stop_ids, 700, Sampling(seed=seed), VOCAB, wanted)
+    with tqdm(total=len(wanted), desc="evaluate", unit="sample") as bar:
         for event in events:
-            tokens[event.prompt] += event.tokens
+            tokens[event.prompt, event.sample] += event.tokens
             bar.update(event.finish_reason is not None)
     shares = {layer: (load / load.sum()).tolist() for layer, load in loads.items()}
-    return [chat.tokenizer.decode(ids) for ids in tokens], shares
+    texts = [[chat.tokenizer.decode(tokens[i, sample]) for sample in range(k)] for i in range(len(prompts))]
+    return texts, shares
 
 
 def score(rows: list[tuple], weights: dict[str, float], k: int) -> dict[str, float]:
