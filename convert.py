@@ -399,7 +399,7 @@ def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
     if checkpoint.cfg.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
-    del state, tensor                                   # what is dequantised now shall not stay in memory twice
+    del state, tensor                                   # what is dequantised now must not stay there twice
     for name, module in model.named_modules():
         if name.endswith(".wkv_b") or rt.fp8 == "bf16" and isinstance(module, Linear):
             module.dequantise(rt.dtype)                 # MLA uses wkv_b head by head, never as one GEMM

@@ -62,7 +62,7 @@ def read_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int
 
 
 def activations(cfg: Config, rt: Runtime) -> int:
-    """Upper bound for a prefill chunk of s tokens that sees t slots: the larger of attention and feed-forward.
+    """Upper bound for a prefill chunk of s tokens that sees t slots: attention or feed-forward, the larger.
 
     Counts every tensor of a sublayer as alive at once, next to the residual stream and the mask.
     """
@@ -110,7 +110,8 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
     lines = [f"{rt.tp.size} x {gpu_gib:g} GiB, {rt.rows} rows of {rt.max_seq_len:,} tokens, per GPU:", "",
              f"  weights      {p.weights / GIB:9.2f} GiB   {p.weights:,} bytes",
              f"  cache        {p.cache / GIB:9.2f} GiB   {p.cache_per_token:,} bytes a token",
-             f"  activations  {p.activations / GIB:9.2f} GiB   at most, in chunks of {rt.prefill_chunk:,} tokens",
+             "  activations  "
+             f"{p.activations / GIB:9.2f} GiB   at most, chunks of {rt.prefill_chunk:,} tokens",
              f"  reserved     {reserve_gib:9.2f} GiB   for the driver, NCCL and fragmentation",
              f"  needed       {need / GIB + reserve_gib:9.2f} GiB   of {gpu_gib:g}: "
              f"{'fits' if need <= room else 'DOES NOT FIT'}", "",

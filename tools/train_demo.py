@@ -417,7 +417,7 @@ def evaluate(folder: Path, per_kind: int, k: int, seed: int) -> dict:
     return {**results, "load": loads}
 
 
-def complete(folder: Path, questions: list[str], k: int, seed: int) -> tuple[list[list[str]], dict[str, list]]:
+def complete(folder: Path, questions: list[str], k: int, seed: int) -> tuple[list[list[str]], dict]:
     """k completions of each question, and the share of the tokens that each expert of each layer got."""
     model = load_model(Checkpoint(folder), Runtime(dtype=torch.float32, rows=128, max_seq_len=1024))
     chat = Chat(Tokenizer(folder))
