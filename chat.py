@@ -392,7 +392,7 @@ def advised(messages, boxed=False, allow_system=False):
     front of the first one, unless `allow_system`. `boxed` adds the directive for mathematics to the last one.
     """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    system = [message["content"] for message in messages if message["role"] == "system"]
+    system = [m["content"] for m in messages if m["role"] == "system" and m["content"]]
     folded = bool(system and users) and not allow_system
     turns = [dict(message) for message in messages]
     if boxed and users:

@@ -567,7 +567,8 @@ class Parser(argparse.ArgumentParser):
     """A wrong argument is one line, not the whole usage; --help has that."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        first = int(os.environ.get("RANK", 0)) == 0         # of several ranks one says it
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,7 +107,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
     """Complete prompts (token ids), model.rt.rows at a time; a row that ends is refilled at once.
 
     `wanted` lists (prompt index, sample number), default one sample of each prompt. Samples of a prompt that
-    follow each other share its prefill. A sample's tokens depend on (seed, prompt, sample) and nothing else.
+    follow each other share its prefill. A sample's random numbers depend on (seed, prompt index, sample
+    number) alone, and in fp32 so do its tokens; bf16 rounds differently in batches of another size.
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     or when prompt and completion fill rt.max_seq_len. Ids from `n_tokens` on (padding of the embedding) are
     never drawn. With several ranks, all call this with the same arguments; rank 0 draws and the others
@@ -252,6 +254,8 @@ WELCOME = """This is the demo, a small R1 of 2 million parameters that does arit
     What is 478 + 56?     47 * 36     Which is larger, 4821 or 4799?     (12 - 30) * 4
     Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many pencils is that in all?"""
 MAX_NEW_TOKENS = 32_768             # R1's own limit in its evaluation
+UMASK = os.umask(0)
+os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
 CONVERSATION = 40_960               # tokens of a whole conversation: one longest answer, and 8,192 before it
 
 
@@ -289,6 +293,9 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
         raise ValueError(f"{where}: empty; each line is one prompt")
     try:
         record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
+        json.dumps(record, ensure_ascii=False).encode()     # half of a surrogate pair could not be written
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
@@ -369,18 +376,27 @@ class Results:
         self.part = part = out and out.with_name(out.name + ".part")
         self.settings = settings
         if part is None or not part.exists():
+            if resume and out.exists():
+                raise ValueError(f"{out}: complete; there is nothing to resume")
             return
         if not resume:
             raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
-        head, *lines = part.read_text(encoding="utf-8").rpartition("\n")[0].split("\n")
-        for key, made in json.loads(head or "{}").items():
-            if key == "seed" and settings[key] is None:
-                settings[key] = made                    # a new run draws one, a resumed one keeps it
-            if settings.get(key) != made:
-                raise ValueError(f"{part}: made with {key} {made!r}, not {settings.get(key)!r}; --resume "
-                                 f"needs the same settings, or remove it")
-        for record in map(json.loads, lines):
-            self.records[record["index"], record["sample"]] = record
+        try:
+            whole = part.read_bytes().rpartition(b"\n")[0]       # without a line that was cut short
+            head, *made = [json.loads(line) for line in whole.decode("utf-8").split("\n")]
+            self.records = {(record["index"], record["sample"]): record for record in made}
+            self._compare(head)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(f"{part}: not made by this program; move it away") from None
+
+    def _compare(self, head: dict) -> None:
+        """The settings that a resumed run was started with must be those of this one."""
+        for key, made in head.items():
+            if key == "seed" and self.settings[key] is None:
+                self.settings[key] = made               # a new run draws one, a resumed one keeps it
+            if self.settings.get(key) != made:
+                raise ValueError(f"{self.part}: made with {key} {made!r}, not {self.settings.get(key)!r}; "
+                                 f"--resume needs the same settings, or remove it")
 
     def open(self) -> None:
         """Start the file of parts, or cut off what an interrupted line left of it."""
@@ -406,12 +422,15 @@ class Results:
 
 def write_file(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)             # gone already, unless writing failed
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as new:
+        try:
+            new.write(text)
+            new.flush()
+            os.chmod(new.name, 0o666 & ~UMASK)  # such files are made for their owner alone
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
 
 
 def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict],
@@ -543,7 +562,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="auto: float32 if the checkpoint is, else bfloat16")
     parser.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
                         help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
-                             "converted for each product (dequant) or once (bf16: twice the memory); auto: "
+                             "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
                              "gemm on GPUs with FP8 tensor cores, else dequant")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
@@ -565,8 +584,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     """Everything that can go wrong before weights are read, in the order of its cost. Rank 0 only."""
     if args.output_file and not args.output_file.absolute().parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: there is no folder {args.output_file.parent}")
-    if args.output_file and args.output_file.is_dir():
-        raise ValueError(f"--output-file {args.output_file}: a folder; it must be a file")
+    if args.output_file and args.output_file.exists() and not args.output_file.is_file():
+        raise ValueError(f"--output-file {args.output_file}: a folder or a device; it must be a file")
     if args.output_file and args.output_file.exists() and args.output_file.samefile(args.input_file):
         raise ValueError(f"--output-file {args.output_file}: the same as --input-file; it would be lost")
     records = read_prompts(args.input_file) if args.input_file else []

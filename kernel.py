@@ -179,7 +179,8 @@ def check_scale(w: Tensor, scale: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. What runs where: decided here, by capability. FP8_PATH=torch, triton or scaled_mm overrules it.
+# 2. What runs where: decided here, by capability. FP8_PATH=torch, triton or scaled_mm overrules it, where the
+# device is able to.
 
 FORCED = os.environ.get("FP8_PATH")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter runs kernels on the CPU
@@ -187,12 +188,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 
 @functools.cache
 def device_kind(device: torch.device) -> str:
-    """cpu | rocm | sm_90: Hopper, datacenter Blackwell (227 KB of shared memory) | sm_89: NVIDIA's other GPUs
-    with e4m3 tensor cores (99 KB) | old: those without."""
+    """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
+    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | old: GPUs without."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:
-        return "rocm"
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "rocm" if name.startswith(("gfx94", "gfx95", "gfx12")) else "old"
     capability = torch.cuda.get_device_capability(device)
     return "sm_90" if capability[0] in (9, 10) else "sm_89" if capability >= (8, 9) else "old"
 

@@ -230,4 +230,4 @@ def test_system_text_moves_into_the_first_user_turn_and_the_directive_to_the_las
     assert advised([s, u], allow_system=True) == ([s, u], False)
     assert advised([u, a, v], boxed=True) == ([u, a, {**v, "content": "V\n" + BOXED}], False)
     assert u["content"] == "U" and "\\boxed{}." in BOXED
-    assert advised([s]) == ([s], False)
+    assert advised([s]) == ([s], False) and advised([{**s, "content": ""}, u])[0][-1] == u

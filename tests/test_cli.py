@@ -155,7 +155,7 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
             assert job.poll() is None
             time.sleep(0.001)
         job.kill()
-    part.write_bytes(part.read_bytes() + b'{"index": 2, "sam')                  # a line cut short
+    part.write_bytes(part.read_bytes() + '{"index": 2, "prompt": "你'.encode()[:-1])    # cut in a character
     assert not out.exists()
     for more, word in (([], "--resume goes on with it"),
                        (["--resume", "--top-p", "0.9"], "made with top_p 0.95")):
@@ -164,6 +164,12 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
     args = args[:-2]                                                            # the seed is kept
     assert run("generate.py", *args, "--output-file", out, "--resume").returncode == 0
     assert out.read_bytes() == whole.read_bytes() and not part.exists()
+    done = run("generate.py", *args, "--output-file", out, "--resume")
+    assert done.returncode == 2 and "complete; there is nothing to resume" in done.stderr
+    for junk in (b"[1]", b"hello\n", b'{}\n{"a": 1}\n', b"\xff\n"):
+        part.write_bytes(junk)
+        done = run("generate.py", *args, "--output-file", out, "--resume")
+        assert done.returncode == 2 and "not made by this program" in done.stderr
 
 
 def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
@@ -287,7 +293,8 @@ PROMPT_FILES = {
     "neither field": (b'{"text": "a"}\n', "line 1: needs"),
     "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
     "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
-    "half a character": (b'{"prompt": "\\ud83d"}\n', "line 1: messages[0].content: not valid Unicode"),
+    "half a character": (b'{"prompt": "\\ud83d"}\n', "line 1: not valid Unicode"),
+    "half a name": (b'{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', "line 1: not"),
     "endless nesting": (b"[" * 100_000, "line 1: not JSON"),
     "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
     "no messages": (b'{"messages": []}\n', "line 1: 'messages' is []"),

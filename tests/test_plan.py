@@ -65,11 +65,15 @@ print(memory("VmHWM") - before)
 """
 
 
-def test_activations_are_near_the_bound(tmp_path):
-    tiny.write(tmp_path, tiny.qwen2(hidden_size=768, intermediate_size=3072, num_hidden_layers=2))
-    rt = Runtime(dtype=torch.float32, max_seq_len=4096, prefill_chunk=2048)
+@pytest.mark.parametrize("config, chunk", [
+    (tiny.qwen2(hidden_size=768, intermediate_size=3072, num_hidden_layers=2), 2048),
+    (tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=128,
+                   max_position_embeddings=8192), 128)], ids=["dense", "absorbed"])
+def test_activations_are_near_the_bound(config, chunk, tmp_path):
+    tiny.write(tmp_path, config)
+    rt = Runtime(dtype=torch.float32, max_seq_len=4096, prefill_chunk=chunk)
     p = plan.plan(load_config(tmp_path / "config.json"), rt)
-    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=2048)
+    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=chunk)
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     used = int(done.stdout) - p.cache                           # its pages are touched by the prompt, too
     assert 0.5 * p.activations < used < 1.3 * p.activations     # malloc and BLAS keep buffers of their own

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kernel  # noqa: E402
 from convert import Parser, load_config  # noqa: E402
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer  # noqa: E402
 
@@ -37,7 +38,9 @@ def plan(cfg: Config, rt: Runtime) -> Plan:
     tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
     weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
     held = sum(buffer.nbytes for layer in cache.layers for buffer in layer)
-    return Plan(weights, held, cache.bytes_per_token(), activations(cfg, rt),
+    matrices = [t for name, t in tensors.items() if t.dtype == kernel.FP8 and "wkv_b" not in name]
+    converted = max((t.shape[-2] * t.shape[-1] for t in matrices), default=0) * rt.dtype.itemsize   # one a time
+    return Plan(weights, held, cache.bytes_per_token(), converted + activations(model, rt),
                 held + sum(read_bytes(name, t, cfg, rt) for name, t in tensors.items()))
 
 
@@ -61,11 +64,12 @@ def read_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int
     return stored_bytes(name, tensor, cfg, rt)
 
 
-def activations(cfg: Config, rt: Runtime) -> int:
+def activations(model: Transformer, rt: Runtime) -> int:
     """Upper bound for a prefill chunk of s tokens that sees t slots: attention or feed-forward, the larger.
 
     Counts every tensor of a sublayer as alive at once, next to the residual stream and the mask.
     """
+    cfg = model.cfg
     s, t, ranks, size = min(rt.prefill_chunk, rt.max_seq_len), rt.max_seq_len, rt.tp.size, rt.dtype.itemsize
     heads = cfg.n_heads // ranks
     if cfg.mla:
@@ -74,11 +78,15 @@ def activations(cfg: Config, rt: Runtime) -> int:
         attention = s * heads * (3 * qk + 2 * a.v_head_dim)
         attention += t * heads * (qk + a.qk_nope_head_dim + a.v_head_dim)
         attention += s * ((a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim))
+        queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
+        attention = max(attention, 3 * queries * heads * t * 4 // size)
     else:
         attention = s * cfg.gqa.head_dim * (4 * heads + 4 * cfg.gqa.n_kv_heads // ranks)
     inner = cfg.inter_dim if not cfg.moe else max(
         cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
-    feed_forward = 3 * s * inner // ranks + (4 * s * cfg.dim if cfg.moe else 0)
+    feed_forward = 3 * s * inner // ranks
+    if cfg.moe:                                                 # every choice's output, weighted in fp32
+        feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
     logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
     return max(attention, feed_forward) * size + stream + s * t + logits
@@ -138,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reserve-gib", type=float, default=2.0, help="left free (%(default)s)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of one GPU, e.g. 3350 or 4800")
     args = parser.parse_args(argv)
-    for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "bandwidth"):
+    for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "reserve_gib", "bandwidth"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0")

@@ -490,8 +490,9 @@ questions a kind. The first error is of the questions drawn, the second of sampl
 |---|---|---|---|---|
 {table}
 
-"Task mix" weighs the kinds as training does ({mix}). Well formed: `</think>` once, then one box. `python
-tools/train_demo.py --eval-only` repeats the measurement; all of it is in [results.json](results.json).
+"Task mix" weighs the kinds as training does ({mix}).
+Well formed: `</think>` once, then one box. `python tools/train_demo.py --eval-only` repeats the measurement; all
+of it is in [results.json](results.json).
 
 Tokens that each expert got in these completions, in per cent (an even load is {even:.1f}):
 
@@ -511,7 +512,7 @@ def write_readme(folder: Path, results: dict) -> None:
 
     def row(name: str, r: dict) -> str:
         passed, agreed, formed = (100 * r[key] for key in ("pass@1", f"cons@{k}", "well formed"))
-        errors = f"{100 * r['error']:.1f}, {100 * r['rerun error']:.1f}"
+        errors = f"{100 * r['error']:.2f}, {100 * r['rerun error']:.2f}"
         return f"| {name} | {passed:.1f} % | {errors} | {agreed:.1f} % | {formed:.1f} % |"
 
     table = [row(name, r) for name, r in results.items() if name == "task mix" or name in demo_task.KINDS]
@@ -560,7 +561,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="of about 5,500 tokens (%(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (%(default)s)")
-    parser.add_argument("--eval-only", action="store_true", help="measure what lies in --out")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="measure what lies in --out again, and write the figures there")
     parser.add_argument("--questions", type=int, default=100, help="of each kind to measure (%(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="of each question, 2 or more (%(default)s)")
     args = parser.parse_args()
@@ -580,6 +582,8 @@ def train(args: argparse.Namespace) -> None:
         dist.barrier()
     run = Run(args, Chat(Tokenizer(build)))
     run.finish()
+    if dist.is_initialized():
+        dist.barrier()
     if run.rank == 0:
         export(run.twin, build)
         plot(run.log, build / "loss.png")
