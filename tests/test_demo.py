@@ -124,9 +124,12 @@ def test_it_masters_questions_that_training_never_saw(chat):
     problems = [demo_task.make(rng, True, kind) for kind in demo_task.KINDS for _ in range(10)]
     model = tiny.load(DEMO, rows=70, max_seq_len=800)
     used = {i: torch.zeros(8) for i in (1, 2)}
+
+    def count(load: torch.Tensor, chosen: torch.Tensor) -> None:
+        load += torch.bincount(chosen.flatten(), minlength=8)
+
     for i, load in used.items():
-        model.layers[i].ffn.gate.register_forward_hook(
-            lambda _, __, out, load=load: load.add_(torch.bincount(out[1].flatten(), minlength=8)) and None)
+        model.layers[i].ffn.gate.register_forward_hook(lambda _, __, out, load=load: count(load, out[1]))
     prompts = [chat.encode([{"role": "user", "content": p.question}]) for p in problems]
     tokens: list[list[int]] = [[] for _ in prompts]
     for event in generate.generate(model, prompts, chat.tokenizer.stop_ids, 700, generate.Sampling(seed=1)):
