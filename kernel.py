@@ -66,8 +66,9 @@ def weight_quant(w: Tensor) -> tuple[Tensor, Tensor]:
 
     w [n, k] in any float dtype -> (q [n, k] e4m3, scale [nb, kb] fp32). Edge blocks are padded with zeros.
     The scale is the multiplier that undoes the division: HuggingFace files call it `weight_scale_inv`.
-    Done once per checkpoint, so there is no kernel for it.
     """
+    if path(w.device) == "triton":
+        return _launch_weight_quant(w)
     n, k = w.shape
     padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))         # [nb, 128, kb, 128]
@@ -276,6 +277,19 @@ if triton:
         tl.store(scale + tl.program_id(1).to(tl.int64) * m_stride + rows, s, mask=rows < m)
 
     @triton.jit
+    def weight_quant_kernel(w, q, scale, n, k, kb):
+        """One block of 128 x 128 weights and its scale."""
+        rows = tl.program_id(0) * 128 + tl.arange(0, 128)
+        channels = tl.program_id(1) * 128 + tl.arange(0, 128)
+        offsets = rows.to(tl.int64)[:, None] * k + channels[None, :]
+        mask = (rows < n)[:, None] & (channels < k)[None, :]
+        values = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = tl.maximum(tl.div_rn(tl.max(tl.abs(values)), 448.0), 1e-12)
+        quotient = tl.div_rn(values, tl.zeros([128, 128], tl.float32) + s)
+        tl.store(q + offsets, quotient.to(tl.float8e4nv), mask=mask)
+        tl.store(scale + tl.program_id(0) * kb + tl.program_id(1), s)
+
+    @triton.jit
     def weight_dequant_kernel(q, scale, w, n, k, kb, ROWS: tl.constexpr):
         """ROWS x 128 weights under one scale; `widen` once more, so that any GPU can do it."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -375,6 +389,13 @@ def _launch_act_quant(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     scale = torch.empty(n_blocks(k), stride, dtype=torch.float32, device=x.device)
     act_quant_kernel[triton.cdiv(m, 16), n_blocks(k)](x.contiguous(), q, scale, m, k, stride, ue8m0, ROWS=16)
     return q, scale.T[:m].reshape(*x.shape[:-1], n_blocks(k))       # [..., kb], strides (.., 1, stride)
+
+
+def _launch_weight_quant(w: Tensor) -> tuple[Tensor, Tensor]:
+    (n, k), q = w.shape, torch.empty(w.shape, dtype=FP8, device=w.device)
+    scale = torch.empty(n_blocks(n), n_blocks(k), dtype=torch.float32, device=w.device)
+    weight_quant_kernel[n_blocks(n), n_blocks(k)](w.contiguous(), q, scale, n, k, n_blocks(k), num_warps=8)
+    return q, scale
 
 
 def _launch_weight_dequant(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,7 @@ def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def operands(m: int, n: int, k: int):
-    return *plain(kernel.act_quant, noise(m, k, seed=1)), *kernel.weight_quant(noise(n, k, seed=2))
+    return *plain(kernel.act_quant, noise(m, k, seed=1)), *plain(kernel.weight_quant, noise(n, k, seed=2))
 
 
 @pytest.mark.parametrize("m, n, k", [*((m, 130, 256) for m in range(18)), (1, 192, 1024), (17, 64, 2048),
@@ -121,9 +121,22 @@ def test_scales_that_are_no_powers_of_two_equal_the_definitions():
 
 
 @pytest.mark.parametrize("n, k", [(128, 128), (300, 200), (1, 129)])
+def test_quantised_weights_equal_the_definitions_bit_for_bit(n, k):
+    q, scale = plain(kernel.weight_quant, noise(n, k))
+    powers = torch.exp2(torch.arange(scale.numel()).remainder(9).float() - 4).view(scale.shape)
+    factors = powers.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
+    w = q.float() * factors                                             # amax / 448: a power of two
+    w[:128, :128] *= n != 300                                                           # a zero block
+    ours, expected = kernel.weight_quant(w), plain(kernel.weight_quant, w)
+    assert torch.equal(ours[1], expected[1])
+    assert torch.equal(ours[0].float(), expected[0].float())
+    assert torch.equal(kernel.weight_quant(noise(n, k))[1], scale)      # and scales that are no powers of two
+
+
+@pytest.mark.parametrize("n, k", [(128, 128), (300, 200), (1, 129)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantised_weights_equal_the_definitions(n, k, dtype):
-    q, scale = kernel.weight_quant(noise(n, k))
+    q, scale = plain(kernel.weight_quant, noise(n, k))
     ours = kernel.weight_dequant(q, scale, dtype)
     exact = plain(kernel.weight_dequant, q, scale, torch.float32)
     assert ours.dtype == dtype
@@ -140,7 +153,8 @@ def test_every_code_is_dequantised_nan_included():
 @pytest.mark.parametrize("tokens, experts, k", [(1, 8, 8), (5, 4, 2), (70, 3, 2), (0, 4, 2)])
 def test_experts_in_one_launch_equal_float64_and_the_definition(tokens, experts, k):
     a, a_scale = plain(kernel.act_quant, noise(tokens, 200))
-    stacks = [[kernel.weight_quant(noise(130, 200, seed=10 * s + e)) for e in range(experts)] for s in (1, 2)]
+    stacks = [[plain(kernel.weight_quant, noise(130, 200, seed=10 * s + e)) for e in range(experts)]
+              for s in (1, 2)]
     weights, scales = zip(*((torch.stack(w), torch.stack(s)) for w, s in (zip(*stack) for stack in stacks)))
     ids = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(4)).argsort(-1)[:, :k]
     groups = kernel.group(ids, experts)

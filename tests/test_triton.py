@@ -108,6 +108,15 @@ def test_activations_are_quantised_by_divisions_that_round_as_pytorchs_do(kind, 
         assert "div.rn.f32" in binary.asm["ptx"] and "div.full" not in binary.asm["ptx"]
 
 
+@pytest.mark.parametrize("kind", ["sm_89", "sm_90", "rocm"])
+def test_weights_are_quantised_without_spilling(kind, tmp_path):
+    pointers = {"w": "*bf16", "q": "*fp8e4nv", "scale": "*fp32"}
+    binary = compiled(kernel.weight_quant_kernel, kind, {}, pointers, num_warps=8)
+    assert spilled_bytes(binary, tmp_path) == 0
+    if kind != "rocm":
+        assert "div.rn.f32" in binary.asm["ptx"] and "div.full" not in binary.asm["ptx"]
+
+
 def test_split_sums_are_added_without_atomic_operations(tmp_path):
     tile = kernel.TILES[0]
     constants = dict(K=7168, STEPS=14, ROWS=tile.tokens, COLUMNS=tile.features, SWAP=tile.swap)
