@@ -18,8 +18,6 @@ import json
 import math
 import os
 import sys
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +28,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 import kernel
-from chat import Chat, ReasoningParser, TextStream, Tokenizer, advised, split_reasoning
+from batch import Results, as_messages, read_prompts, run_batch
+from chat import Chat, Tokenizer, advised
 from convert import Checkpoint, Parser, fingerprint, load_model
+from interactive import run_interactive, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,8 +253,6 @@ WELCOME = """This is the demo, a small R1 of 2 million parameters that does arit
     What is 478 + 56?     47 * 36     Which is larger, 4821 or 4799?     (12 - 30) * 4
     Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many pencils is that in all?"""
 MAX_NEW_TOKENS = 32_768             # R1's own limit in its evaluation
-UMASK = os.umask(0)
-os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
 CONVERSATION = 40_960               # tokens of a whole conversation: one longest answer, and 8,192 before it
 
 
@@ -274,40 +271,6 @@ class Job:
     def run(self, model: Transformer, prompts: list[list[int]]) -> Iterator[Event]:
         return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens,
                         self.wanted)
-
-
-def read_prompts(path: Path) -> list[dict]:
-    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
-    if lines == [""]:
-        raise ValueError(f"{path}: holds no prompt")
-    is_json = path.suffix in (".jsonl", ".json") or lines[0].startswith("{")
-    return [read_record(line, is_json, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def read_record(line: str, is_json: bool, where: str) -> dict:
-    if not line.strip():
-        raise ValueError(f"{where}: empty; each line is one prompt")
-    try:
-        record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
-        json.dumps(record, ensure_ascii=False).encode()     # half of a surrogate pair could not be written
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not valid Unicode: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
-    key, kind = ("prompt", str) if "prompt" in record else ("messages", list)
-    if not (isinstance(record[key], kind) and record[key]):
-        raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")
-    return record
-
-
-def as_messages(record: dict) -> list[dict]:
-    return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
 
 
 def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) -> list[list[int]]:
@@ -362,172 +325,6 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, max_seq_len,
               max(1, min(args.batch_size, len(wanted))), prompts, wanted if prompts else None)
     return job, results
-
-
-class Results:
-    """The lines of --output-file: appended to FILE.part as samples finish, in input order in FILE at the end.
-
-    The first line of FILE.part says what is being made, so that --resume can tell whether it goes on with the
-    same thing. Without a file, all lines go to standard output at the end.
-    """
-
-    def __init__(self, out: Path | None, settings: dict, resume: bool):
-        self.out, self.records = out, {}
-        self.part = part = out and out.with_name(out.name + ".part")
-        self.settings = settings
-        if part is None or not part.exists():
-            if resume and out.exists():
-                raise ValueError(f"{out}: complete; there is nothing to resume")
-            return
-        if not resume:
-            raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
-        try:
-            whole = part.read_bytes().rpartition(b"\n")[0]       # without a line that was cut short
-            head, *made = [json.loads(line) for line in whole.decode("utf-8").split("\n")]
-            self.records = {(record["index"], record["sample"]): record for record in made}
-            self._compare(head)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
-            raise ValueError(f"{part}: not made by this program; move it away") from None
-
-    def _compare(self, head: dict) -> None:
-        """The settings that a resumed run was started with must be those of this one."""
-        for key, made in head.items():
-            if key == "seed" and self.settings[key] is None:
-                self.settings[key] = made               # a new run draws one, a resumed one keeps it
-            if self.settings.get(key) != made:
-                raise ValueError(f"{self.part}: made with {key} {made!r}, not {self.settings.get(key)!r}; "
-                                 f"--resume needs the same settings, or remove it")
-
-    def open(self) -> None:
-        """Start the file of parts, or cut off what an interrupted line left of it."""
-        if self.part:
-            lines = [json.dumps(self.settings),
-                     *(json.dumps(record, ensure_ascii=False) for record in self.records.values())]
-            write_file(self.part, "\n".join(lines) + "\n")
-
-    def add(self, record: dict) -> None:
-        self.records[record["index"], record["sample"]] = record
-        if self.part:
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def finish(self) -> None:
-        lines = [json.dumps(self.records[key], ensure_ascii=False) for key in sorted(self.records)]
-        if self.out is None:
-            print("\n".join(lines))
-        else:
-            write_file(self.out, "\n".join(lines) + "\n")
-            self.part.unlink()
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as new:
-        try:
-            new.write(text)
-            new.flush()
-            os.chmod(new.name, 0o666 & ~UMASK)  # such files are made for their owner alone
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
-
-
-def run_batch(model: Transformer, job: Job, chat: Chat | None, records: list[dict],
-              results: Results | None) -> None:
-    """Complete what is wanted; rank 0 writes a JSON object a line as samples finish."""
-    tokens: dict[tuple[int, int], list[int]] = {}
-    if chat:
-        results.open()
-    with tqdm(total=len(job.wanted), desc="generate", unit="sample", disable=chat is None) as bar:
-        n_tokens, start = 0, time.monotonic()
-        for event in job.run(model, job.prompts):
-            tokens.setdefault((event.prompt, event.sample), []).extend(event.tokens)
-            n_tokens += len(event.tokens)
-            if event.finish_reason:
-                ids = tokens.pop((event.prompt, event.sample))
-                if chat:
-                    results.add(describe(event, ids, records[event.prompt], chat))
-                bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
-                bar.update()
-    if chat:
-        results.finish()
-
-
-def describe(event: Event, tokens: list[int], given: dict, chat: Chat) -> dict:
-    """A line of the output: the end of a completion and what it belongs to."""
-    text = chat.tokenizer.decode(tokens)
-    reasoning, answer, _ = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
-    given = {key: given[key] for key in ("prompt", "messages") if key in given}
-    return {"index": event.prompt, "sample": event.sample, **given, "text": text, "reasoning": reasoning,
-            "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}
-
-
-def run_interactive(model: Transformer, job: Job, chat: Chat | None, ranks: Ranks, boxed: bool) -> None:
-    """Chat until /exit or end of file. Rank 0 (which has `chat`) talks; the others follow its prompts."""
-    messages: list[dict] = []
-    while True:
-        prompt = ranks.share(read_turn(messages, chat, job.max_seq_len, boxed) if chat else None)
-        if prompt is None:
-            return
-        answer = show(job.run(model, [prompt]), chat, messages)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def show(events: Iterator[Event], chat: Chat | None, messages: list[dict]) -> str:
-    """Rank 0 streams the completion and returns its answer; the others only take part in computing it."""
-    if chat:
-        return stream_answer(events, chat, messages)
-    deque(events, maxlen=0)
-    return ""
-
-
-def read_turn(messages: list[dict], chat: Chat, max_seq_len: int, boxed: bool = False) -> list[int] | None:
-    """Ask for the next message, append it, and return the whole conversation's ids; None to leave."""
-    while True:
-        try:
-            line = input(">>> ").strip()
-        except EOFError:
-            print()
-            return None
-        except UnicodeDecodeError as error:
-            print(f"(not UTF-8: {error})")
-            continue
-        if line == "/exit":
-            return None
-        if line == "/clear":
-            messages.clear()
-            print("(a new conversation)")
-        elif line.startswith("/"):
-            print(f"{line.split()[0]} is no command; there are /clear (new conversation) and /exit")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            try:
-                prompt = chat.encode(advised(messages, boxed)[0])
-            except ValueError as error:
-                messages.pop()
-                print(f"({error})")
-                continue
-            if len(prompt) < max_seq_len:
-                return prompt
-            messages.pop()
-            print(f"({len(prompt)} tokens by now, and --max-seq-len is {max_seq_len}; /clear starts anew)")
-
-
-def stream_answer(events: Iterator[Event], chat: Chat, messages: list[dict]) -> str:
-    """Print a completion as it comes; return its answer, without the reasoning, for the history."""
-    thinking = chat.thinks(chat.render(messages))
-    stream, parser, answer, reason = TextStream(chat.tokenizer), ReasoningParser(thinking), "", None
-    if thinking:
-        print("<think>", flush=True)                # it stands in the prompt: the model writes what follows
-    for event in events:
-        text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if event.finish_reason else "")
-        print(text, end="", flush=True)
-        pieces = parser.feed(text) + (parser.flush() if event.finish_reason else [])
-        answer += "".join(piece for kind, piece in pieces if kind == "answer")
-        reason = event.finish_reason
-    print("\n(stopped at the limit of tokens)" if reason == "length" else "", end="\n\n")
-    return answer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -630,11 +427,11 @@ def run(args: argparse.Namespace) -> int:
         if args.interactive:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            run_interactive(model, job, chat, ranks, args.boxed)
+            run_interactive(lambda prompt: job.run(model, [prompt]), job.max_seq_len, chat, ranks, args.boxed)
         elif args.prompt:
             show(job.run(model, job.prompts), chat, as_messages(records[0]) if chat else [])
         else:
-            run_batch(model, job, chat, records, results)
+            run_batch(job.run(model, job.prompts), len(job.wanted), chat, records, results)
     except (OSError, FloatingPointError) as error:
         return fail(error)
     return 0

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import convert
 import generate
+import interactive
 
 ROOT = Path(__file__).parent.parent
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -242,11 +243,11 @@ def test_the_next_prompt_holds_old_answers_but_no_old_reasoning(folders, capsys,
     messages = [{"role": "user", "content": "Hi"}]
     ids = talk.tokenizer.encode("I think...</think>\n\nHello 你好!")
     events = [generate.Event(0, 0, (i,), (0.0,), None) for i in ids] + [generate.Event(0, 0, (), (), "stop")]
-    answer = generate.stream_answer(iter(events), talk, messages)
+    answer = interactive.stream_answer(iter(events), talk, messages)
     assert capsys.readouterr().out == "<think>\nI think...</think>\n\nHello 你好!\n\n"
     messages.append({"role": "assistant", "content": answer})
     monkeypatch.setattr("builtins.input", lambda _: "Bye")
-    prompt = talk.tokenizer.decode(generate.read_turn(messages, talk, 1000))
+    prompt = talk.tokenizer.decode(interactive.read_turn(messages, talk, 1000))
     assert prompt == "<｜User｜>Hi<｜Assistant｜>Hello 你好!<｜User｜>Bye<｜Assistant｜><think>\n"
 
 
@@ -263,7 +264,7 @@ def test_text_is_on_the_screen_before_the_next_token_is_computed(folders, monkey
             assert shown[-1].endswith(text)
         yield generate.Event(0, 0, (), (), "stop")
 
-    assert generate.stream_answer(events(), talk, [{"role": "user", "content": "?"}]) == "ok"
+    assert interactive.stream_answer(events(), talk, [{"role": "user", "content": "?"}]) == "ok"
 
 
 def test_a_pasted_line_that_is_not_utf_8_does_not_end_the_chat(folders):

@@ -1,0 +1,151 @@
+"""Batch runs: a file of prompts in, a file of completions out, safe against interruption at any moment.
+
+Reading comes first and names the line that is wrong; results are appended to FILE.part as samples finish and
+appear under their own name when all are there. Nothing here knows the model: events come from generate().
+"""
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from chat import Chat, split_reasoning
+
+UMASK = os.umask(0)
+os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
+    if lines == [""]:
+        raise ValueError(f"{path}: holds no prompt")
+    is_json = path.suffix in (".jsonl", ".json") or lines[0].startswith("{")
+    return [read_record(line, is_json, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_record(line: str, is_json: bool, where: str) -> dict:
+    if not line.strip():
+        raise ValueError(f"{where}: empty; each line is one prompt")
+    try:
+        record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
+        json.dumps(record, ensure_ascii=False).encode()     # half of a surrogate pair could not be written
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not valid Unicode: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+        raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
+    key, kind = ("prompt", str) if "prompt" in record else ("messages", list)
+    if not (isinstance(record[key], kind) and record[key]):
+        raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")
+    return record
+
+
+def as_messages(record: dict) -> list[dict]:
+    return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+
+
+class Results:
+    """The lines of --output-file: appended to FILE.part as samples finish, in input order in FILE at the end.
+
+    The first line of FILE.part says what is being made, so that --resume can tell whether it goes on with the
+    same thing. Without a file, all lines go to standard output at the end.
+    """
+
+    def __init__(self, out: Path | None, settings: dict, resume: bool):
+        self.out, self.records = out, {}
+        self.part = part = out and out.with_name(out.name + ".part")
+        self.settings = settings
+        if part is None or not part.exists():
+            if resume and out.exists():
+                raise ValueError(f"{out}: complete; there is nothing to resume")
+            return
+        if not resume:
+            raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
+        try:
+            whole = part.read_bytes().rpartition(b"\n")[0]       # without a line that was cut short
+            head, *made = [json.loads(line) for line in whole.decode("utf-8").split("\n")]
+            self.records = {(record["index"], record["sample"]): record for record in made}
+            self._compare(head)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(f"{part}: not made by this program; move it away") from None
+
+    def _compare(self, head: dict) -> None:
+        """The settings that a resumed run was started with must be those of this one."""
+        for key, made in head.items():
+            if key == "seed" and self.settings[key] is None:
+                self.settings[key] = made               # a new run draws one, a resumed one keeps it
+            if self.settings.get(key) != made:
+                raise ValueError(f"{self.part}: made with {key} {made!r}, not {self.settings.get(key)!r}; "
+                                 f"--resume needs the same settings, or remove it")
+
+    def open(self) -> None:
+        """Start the file of parts, or cut off what an interrupted line left of it."""
+        if self.part:
+            lines = [json.dumps(self.settings),
+                     *(json.dumps(record, ensure_ascii=False) for record in self.records.values())]
+            write_file(self.part, "\n".join(lines) + "\n")
+
+    def add(self, record: dict) -> None:
+        self.records[record["index"], record["sample"]] = record
+        if self.part:
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        lines = [json.dumps(self.records[key], ensure_ascii=False) for key in sorted(self.records)]
+        if self.out is None:
+            print("\n".join(lines))
+        else:
+            write_file(self.out, "\n".join(lines) + "\n")
+            self.part.unlink()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as new:
+        try:
+            new.write(text)
+            new.flush()
+            os.chmod(new.name, 0o666 & ~UMASK)  # such files are made for their owner alone
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
+
+
+def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dict],
+              results: Results | None) -> None:
+    """Consume generate()'s events; rank 0 (which has `chat`) writes a JSON object a line as samples finish."""
+    tokens: dict[tuple[int, int], list[int]] = {}
+    if chat:
+        results.open()
+    with tqdm(total=total, desc="generate", unit="sample", disable=chat is None) as bar:
+        n_tokens, start = 0, time.monotonic()
+        for event in events:
+            tokens.setdefault((event.prompt, event.sample), []).extend(event.tokens)
+            n_tokens += len(event.tokens)
+            if event.finish_reason:
+                ids = tokens.pop((event.prompt, event.sample))
+                if chat:
+                    results.add(describe(event, ids, records[event.prompt], chat))
+                bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
+                bar.update()
+    if chat:
+        results.finish()
+
+
+def describe(event, tokens: list[int], given: dict, chat: Chat) -> dict:
+    """A line of the output: the end of a completion and what it belongs to."""
+    text = chat.tokenizer.decode(tokens)
+    reasoning, answer, _ = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
+    given = {key: given[key] for key in ("prompt", "messages") if key in given}
+    return {"index": event.prompt, "sample": event.sample, **given, "text": text, "reasoning": reasoning,
+            "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}
