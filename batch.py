@@ -123,7 +123,7 @@ def write_file(path: Path, text: str) -> None:
 
 def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dict],
               results: Results | None) -> None:
-    """Consume generate()'s events; rank 0 (which has `chat`) writes a JSON object a line as samples finish."""
+    """Consume generate()'s events; rank 0 (which has `chat`) writes a line of JSON as a sample finishes."""
     tokens: dict[tuple[int, int], list[int]] = {}
     if chat:
         results.open()

@@ -31,9 +31,9 @@ from torch import Tensor
 
 import kernel
 from batch import Results, as_messages, read_prompts, run_batch
-from chat import Chat, Tokenizer, advised
+from chat import END_THINK, THINK, Chat, Tokenizer, advised
 from convert import Checkpoint, Parser, fingerprint, load_model
-from interactive import run_interactive, show
+from interactive import Conversation, Keyboard, Screen, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,36 @@ class Event:
     sample: int                         # which of its completions
     tokens: tuple[int, ...]             # new tokens; the end token is not among them
     logprobs: tuple[float, ...]         # of these tokens, under the model's own distribution (temperature 1)
-    finish_reason: str | None           # None: goes on. "stop": end token. "length": no room for more
+    finish_reason: str | None           # None: goes on. "stop": end token. "length": no room for more.
+                                        # "repetition": it went round in a loop
+
+
+@dataclass(frozen=True)
+class ThinkBudget:
+    """Closes reasoning that has taken `tokens` tokens, as in s1's budget forcing (arXiv 2501.19393)."""
+    tokens: int
+    opening: int                        # id of <think>
+    closing: int                        # id of </think>
+    ending: tuple[int, ...]             # what is written in the model's place: a newline, </think>, a newline
+
+
+class Loop:
+    """Notices a completion that repeats itself: 4 times the same up to 1024 tokens, and 256 tokens at least.
+
+    R1 falls into such loops, most of all at low temperature, and would stay there up to the limit of tokens.
+    """
+    PERIODS = np.arange(1, 1025)
+    ENOUGH = np.maximum(3 * PERIODS, 256 - PERIODS)     # repeated tokens, after the first round
+
+    def __init__(self):
+        self.past = np.full(len(self.PERIODS), -1)      # tokens, the last one first
+        self.repeated = np.zeros_like(self.past)        # for each period: how many last tokens were the same
+
+    def feed(self, token: int) -> bool:
+        """Whether this token completes a loop."""
+        self.repeated = (self.repeated + 1) * (self.past == token)
+        self.past = np.concatenate(([token], self.past[:-1]))
+        return bool((self.repeated >= self.ENOUGH).any())
 
 
 @dataclass
@@ -96,22 +125,67 @@ class Row:
     length: int                         # tokens in its cache row
     budget: int                         # tokens that it may still produce
     rng: np.random.Generator            # its own stream, so its draws do not depend on its neighbours
+    think: ThinkBudget | None = None
+    loop: Loop | None = None            # None: it may repeat itself
+    thought: int | None = None          # tokens of reasoning so far; None outside of it
+    forced: deque[int] = field(default_factory=deque)       # tokens to be taken next, whatever is drawn
     token: int = 0                      # drawn, but not yet run through the model
     ended: bool = False                 # its place is free for the next completion
+
+    def take(self, token: int, stop_ids: frozenset[int]) -> str | None:
+        """Go on by this token; the reason if that is the end."""
+        self.token, self.budget = token, self.budget - 1
+        if self.think:
+            self.follow(token)
+        looped = self.loop is not None and self.loop.feed(token)
+        reason = ("stop" if token in stop_ids else "repetition" if looped
+                  else "length" if self.budget == 0 else None)
+        self.ended = reason is not None
+        return reason
+
+    def follow(self, token: int) -> None:
+        """Count the tokens of reasoning; the last one of the budget is followed by the end of reasoning."""
+        if token == self.think.closing:
+            self.thought = None
+        elif self.thought is not None:
+            self.thought += 1
+        elif token == self.think.opening:
+            self.thought = 0
+        if self.thought == self.think.tokens:
+            self.forced.extend(self.think.ending)
+
+
+@dataclass
+class Kept:
+    """A cache of one row that outlives a call of generate(), and the tokens that it holds.
+
+    The next turn of a conversation begins like the one before: what they share is not computed again.
+    """
+    cache: Cache
+    tokens: list[int] = field(default_factory=list)
+
+    def shared(self, prompt: list[int]) -> int:
+        """How many leading tokens of the prompt are here; at most all but one, whose logits are needed."""
+        pairs = enumerate(zip(self.tokens, prompt[:-1]))
+        return next((i for i, (kept, new) in pairs if kept != new), min(len(self.tokens), len(prompt) - 1))
 
 
 def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterable[int], max_new_tokens: int,
              sampling: Sampling = Sampling(), n_tokens: int | None = None,
-             wanted: Iterable[tuple[int, int]] | None = None) -> Iterator[Event]:
+             wanted: Iterable[tuple[int, int]] | None = None, think: ThinkBudget | None = None,
+             stop_loops: bool = False, kept: Kept | None = None,
+             cancelled: Callable[[], bool] | None = None) -> Iterator[Event]:
     """Complete prompts (token ids), model.rt.rows at a time; a row that ends is refilled at once.
 
     `wanted` lists (prompt index, sample number), default one sample of each prompt. Samples of a prompt that
     follow each other share its prefill. A sample's random numbers depend on (seed, prompt index, sample
     number) alone, and in fp32 so do its tokens; bf16 rounds differently in batches of another size.
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
-    or when prompt and completion fill rt.max_seq_len. Ids from `n_tokens` on (padding of the embedding) are
-    never drawn. With several ranks, all call this with the same arguments; rank 0 draws and the others
-    follow, whatever their seed. ValueError before any work if a prompt is empty or leaves no room.
+    when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
+    (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
+    With several ranks, all call this with the same arguments; rank 0 draws and the others follow, whatever
+    their seed. Rank 0's `cancelled()`, asked before every forward pass, ends the call; all ranks give one or
+    none does. ValueError before any work if a prompt is empty or leaves no room.
     """
     rt, stop_ids = model.rt, frozenset(stop_ids)
     for i, prompt in enumerate(prompts):
@@ -119,49 +193,76 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {rt.max_seq_len - 1} fit, because "
                              f"max_seq_len is {rt.max_seq_len} and the answer needs room")
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
-    cache, rows, prefilled = Cache.allocate(model.cfg, rt), [], (-1, None)
-    while waiting or rows:
+    cache, rows, prefilled = kept.cache if kept else Cache.allocate(model.cfg, rt), [], (-1, None)
+    while (waiting or rows) and not agreed(cancelled, rt):
         slot = next((i for i, row in enumerate(rows) if row.ended), len(rows))
         if waiting and slot < rt.rows:
-            index, sample = waiting.popleft()
-            length = len(prompts[index])
+            index, number = waiting.popleft()
+            prompt = prompts[index]
             sources = [i for i, row in enumerate(rows) if row.prompt == index == prefilled[0]]
             if sources:                                     # a row still begins with this prompt: clone it
-                cache.copy_row(sources[0], slot, length)
+                cache.copy_row(sources[0], slot, len(prompt))
             else:
-                prefilled = index, prefill(model, prompts[index], cache, slot)
-            budget = min(max_new_tokens, rt.max_seq_len - length)
-            rng = np.random.default_rng((sampling.seed, index, sample))
-            rows[slot:slot + 1] = [Row(index, sample, length, budget, rng)]
-            advanced, logits = rows[slot:slot + 1], prefilled[1]
+                prefilled = index, prefill(model, prompt, cache, slot, kept, cancelled)
+            row = Row(index, number, len(prompt), min(max_new_tokens, rt.max_seq_len - len(prompt)),
+                      np.random.default_rng((sampling.seed, index, number)), think,
+                      Loop() if stop_loops else None)
+            if think and think.opening in prompt[-2:]:      # the prompt ends with <think> and a newline
+                row.follow(think.opening)
+            rows[slot:slot + 1] = [row]
+            advanced, logits = [row], prefilled[1]
         elif slot < len(rows):                                  # nothing waits: close the gap
             drop_row(rows, slot, cache)
             continue
         else:
-            tokens = torch.tensor([[row.token] for row in rows], device=rt.device)      # [b, 1]
-            slots = max(row.length for row in rows) + 1
-            logits = model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]   # [b, vocab]
-            for row in rows:
-                row.length += 1
-            advanced = rows
+            advanced, logits = rows, decode(model, rows, cache)
+            if kept:
+                kept.tokens.append(rows[0].token)
+        if logits is None:                                      # cancelled on the way
+            return
         for row, token, logprob in zip(advanced, *draw(logits, advanced, sampling, n_tokens, rt.tp)):
-            row.token, row.budget = token, row.budget - 1
-            reason = "stop" if token in stop_ids else "length" if row.budget == 0 else None
-            row.ended = reason is not None
+            reason = row.take(token, stop_ids)
             new = () if reason == "stop" else (token,)
             yield Event(row.prompt, row.sample, new, (logprob,)[:len(new)], reason)
 
 
-def prefill(model: Transformer, prompt: list[int], cache: Cache, slot: int) -> Tensor:
+def agreed(cancelled: Callable[[], bool] | None, rt: Runtime) -> bool:
+    """Rank 0's answer to `cancelled`, on every rank, so that all stop at the same forward pass."""
+    if cancelled is None:
+        return False
+    answer = torch.tensor(rt.tp.rank == 0 and cancelled(), device=rt.device)
+    if rt.tp.size > 1:
+        dist.broadcast(answer, src=0, group=rt.tp.group)
+    return bool(answer)
+
+
+def prefill(model: Transformer, prompt: list[int], cache: Cache, slot: int, kept: Kept | None = None,
+            cancelled: Callable[[], bool] | None = None) -> Tensor | None:
     """Fill row `slot` of the cache with a prompt, in chunks; logits [1, vocab] after its last token.
 
-    Chunks bound the memory of activations and scores; each pass sees no more slots than are filled.
+    Chunks bound the memory of activations and scores; each pass sees no more slots than are filled. Tokens
+    that were `kept` in the row are skipped. None if cancelled.
     """
-    cache.lengths[slot] = done = 0
-    for piece in torch.tensor([prompt], device=model.rt.device).split(model.rt.prefill_chunk, dim=1):
+    cache.lengths[slot] = done = kept.shared(prompt) if kept else 0
+    for piece in torch.tensor([prompt[done:]], device=model.rt.device).split(model.rt.prefill_chunk, dim=1):
+        if kept:
+            kept.tokens[:] = prompt[:done]
+        if agreed(cancelled, model.rt):
+            return None
         done += piece.shape[1]                                                      # piece [1, <= chunk]
         logits = model(piece, cache.view(slice(slot, slot + 1), done), last=1)
+    if kept:
+        kept.tokens[:] = prompt
     return logits[:, -1]
+
+
+def decode(model: Transformer, rows: list[Row], cache: Cache) -> Tensor:
+    """Run every row's token through the model, which appends it to the row's cache; logits [b, vocab]."""
+    tokens = torch.tensor([[row.token] for row in rows], device=model.rt.device)        # [b, 1]
+    slots = max(row.length for row in rows) + 1
+    for row in rows:
+        row.length += 1
+    return model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]
 
 
 def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | None,
@@ -175,6 +276,9 @@ def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | No
     if tp.rank == 0:
         uniforms = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
         tokens = sample(logits, sampling, uniforms)
+        for i, row in enumerate(rows):
+            if row.forced:
+                tokens[i] = row.forced.popleft()
     if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding difference
         dist.broadcast(tokens, src=0, group=tp.group)
     logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
@@ -266,11 +370,14 @@ class Job:
     max_seq_len: int
     rows: int = 1
     prompts: list[list[int]] = field(default_factory=list)      # empty when interactive
-    wanted: list[tuple[int, int]] | None = None                 # (prompt, sample) that are still to be made
+    wanted: list[tuple[int, int]] = field(default_factory=list) # (prompt, sample) that are still to be made
+    think: ThinkBudget | None = None
+    stop_loops: bool = False
 
-    def run(self, model: Transformer, prompts: list[list[int]]) -> Iterator[Event]:
+    def run(self, model: Transformer, prompts: list[list[int]], wanted: list[tuple[int, int]],
+            **more) -> Iterator[Event]:
         return generate(model, prompts, self.stop_ids, self.max_new_tokens, self.sampling, self.n_tokens,
-                        self.wanted)
+                        wanted, self.think, self.stop_loops, **more)
 
 
 def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) -> list[list[int]]:
@@ -309,7 +416,8 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
         if len(prompt) >= max_seq_len:
             raise ValueError(f"{where(args, number)}: the prompt has {len(prompt)} tokens; with "
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
-    flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype", "fp8")
+    flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "think_budget", "stop_loops",
+             "dtype", "fp8")
     settings = {flag: getattr(args, flag) for flag in flags}
     settings |= {"max_seq_len": max_seq_len, "checkpoint": fingerprint(checkpoint),
                  "prompts": hashlib.sha256(json.dumps([records, prompts]).encode()).hexdigest()[:16]}
@@ -323,8 +431,19 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, max_seq_len,
-              max(1, min(args.batch_size, len(wanted))), prompts, wanted if prompts else None)
+              max(1, min(args.batch_size, len(wanted))), prompts, wanted, think_budget(args, tokenizer),
+              args.stop_loops)
     return job, results
+
+
+def think_budget(args: argparse.Namespace, tokenizer: Tokenizer) -> ThinkBudget | None:
+    if args.think_budget is None:
+        return None
+    opening, closing = tokenizer.token_id(THINK), tokenizer.token_id(END_THINK)
+    if opening is None or closing is None:
+        raise ValueError(f"--think-budget: the tokenizer in {args.ckpt_path} has no {THINK} and {END_THINK}; "
+                         f"only models with these tokens reason")
+    return ThinkBudget(args.think_budget, opening, closing, tuple(tokenizer.encode(f"\n{END_THINK}\n\n")))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -333,7 +452,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="HuggingFace folder, or one that convert.py wrote (default: the demo)")
     parser.add_argument("--config", type=Path, help="config file, if DIR has none, such as config_671B.json")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--interactive", action="store_true", help="chat; /clear and /exit")
+    mode.add_argument("--interactive", action="store_true", help="chat; /help lists its commands")
     mode.add_argument("--prompt", metavar="TEXT", help="answer one question")
     mode.add_argument("--input-file", type=Path, metavar="FILE",
                       help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
@@ -349,6 +468,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="tokens of prompt and answer together (default: what is needed, up to the "
                              f"model's context; interactive: {CONVERSATION})")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    parser.add_argument("--think-budget", type=int, metavar="N",
+                        help="close the reasoning after N tokens (default: the model does)")
+    parser.add_argument("--stop-loops", action=argparse.BooleanOptionalAction, default=None,
+                        help="stop an answer that repeats itself without end (default: in --interactive and "
+                             "--prompt; not in files, whose answers are to be measured)")
+    parser.add_argument("--show-reasoning", action="store_true",
+                        help="in full, on a terminal, too, where it is folded to a line (in a chat: /think)")
     parser.add_argument("--boxed", action="store_true",
                         help=r"add R1's directive for mathematics: the answer in \boxed{}")
     parser.add_argument("--allow-system", action="store_true",
@@ -366,6 +492,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    if args.think_budget is not None and args.think_budget < 0:
+        parser.error(f"--think-budget is {args.think_budget}; it must be 0 or more")
+    if args.stop_loops is None:
+        args.stop_loops = args.input_file is None
     if args.output_file and not args.input_file:
         parser.error("--output-file goes with --input-file")
     if args.num_samples > 1 and not args.input_file:
@@ -424,17 +554,36 @@ def run(args: argparse.Namespace) -> int:
         print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
     try:
-        if args.interactive:
+        if args.input_file:
+            run_batch(job.run(model, job.prompts, job.wanted), len(job.wanted), chat, records, results)
+        elif args.prompt:
+            show(job.run(model, job.prompts, job.wanted), chat and Screen(chat, args.show_reasoning),
+                 chat is not None and chat.thinks(chat.render(as_messages(records[0]))), len(job.prompts[0]))
+        else:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            run_interactive(lambda prompt: job.run(model, [prompt]), job.max_seq_len, chat, ranks, args.boxed)
-        elif args.prompt:
-            show(job.run(model, job.prompts), chat, as_messages(records[0]) if chat else [])
-        else:
-            run_batch(job.run(model, job.prompts), len(job.wanted), chat, records, results)
+            talk(model, job, ranks, chat and Conversation(chat, job.max_seq_len, args.boxed),
+                 chat and Screen(chat, args.show_reasoning))
     except (OSError, FloatingPointError) as error:
         return fail(error)
     return 0
+
+
+def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation | None,
+         screen: Screen | None) -> None:
+    """Chat until the user leaves. Rank 0 reads and shows; the other ranks compute what it was asked."""
+    kept, keyboard, attempt = Kept(Cache.allocate(model.cfg, model.rt)), Keyboard(screen is not None), 0
+    while True:
+        prompt = ranks.share(conversation.read(keyboard, screen) if conversation else None)
+        if prompt is None:
+            return
+        with keyboard:                      # each answer is a sample of its own: /retry gives another one
+            events = job.run(model, [prompt], [(0, attempt)], kept=kept, cancelled=keyboard.ctrl_c)
+            answer = show(events, screen, conversation is not None and conversation.thinks(), len(prompt),
+                          kept.shared(prompt))
+        if conversation:
+            conversation.add(*answer)
+        attempt += 1
 
 
 def fail(error: Exception) -> int:

@@ -1,72 +1,309 @@
-"""Talk to a model."""
+"""The chat in a terminal: what is typed, and how an answer appears. Nothing here knows the model.
+
+Rank 0 alone has a Conversation and a Screen; generate.py's `talk` hands its prompts to the other ranks.
+"""
+import json
+import os
+import select
+import shutil
+import sys
+import time
 from collections import deque
 from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from unicodedata import east_asian_width
 
-from chat import Chat, ReasoningParser, TextStream, advised
+from batch import write_file
+from chat import Chat, ReasoningParser, TextStream, advised, file_prompt, search_prompt
 
+try:
+    import termios
+except ImportError:                     # not on Windows
+    termios = None
 
-def run_interactive(complete, max_seq_len: int, chat: Chat | None, ranks, boxed: bool) -> None:
-    """Chat until /exit or end of file. Rank 0 (which has `chat`) talks; the others follow its prompts."""
-    messages: list[dict] = []
-    while True:
-        prompt = ranks.share(read_turn(messages, chat, max_seq_len, boxed) if chat else None)
-        if prompt is None:
-            return
-        answer = show(complete(prompt), chat, messages)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def show(events: Iterator, chat: Chat | None, messages: list[dict]) -> str:
-    """Rank 0 streams the completion and returns its answer; the others only take part in computing it."""
-    if chat:
-        return stream_answer(events, chat, messages)
-    deque(events, maxlen=0)
-    return ""
+# ------------------------------------------------------------------------------------------------------------
+# 1. Keyboard
 
 
-def read_turn(messages: list[dict], chat: Chat, max_seq_len: int, boxed: bool = False) -> list[int] | None:
-    """Ask for the next message, append it, and return the whole conversation's ids; None to leave."""
-    while True:
-        try:
-            line = input(">>> ").strip()
-        except EOFError:
-            print()
-            return None
-        except UnicodeDecodeError as error:
-            print(f"(not UTF-8: {error})")
-            continue
-        if line == "/exit":
-            return None
-        if line == "/clear":
-            messages.clear()
-            print("(a new conversation)")
-        elif line.startswith("/"):
-            print(f"{line.split()[0]} is no command; there are /clear (new conversation) and /exit")
-        elif line:
-            messages.append({"role": "user", "content": line})
+class Keyboard:
+    """Makes Ctrl-C a key that ends the answer, while one runs; what else is typed waits for the next prompt.
+
+    As a signal, Ctrl-C would reach torchrun, which ends the job. Without a terminal it stays a signal.
+    """
+
+    def __init__(self, present: bool):
+        self.terminal = present and termios is not None and sys.stdin.isatty()
+        self.stopped, self.typed = False, b""
+
+    def __enter__(self):
+        self.stopped, self.typed = False, b""
+        if self.terminal:
+            self.saved = termios.tcgetattr(sys.stdin)
+            keys = termios.tcgetattr(sys.stdin)
+            keys[3] &= ~(termios.ICANON | termios.ECHO)         # every key at once, and unseen
+            keys[6][termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE")
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+
+    def __exit__(self, *_):
+        if self.terminal:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
+
+    def ctrl_c(self) -> bool:
+        """Whether Ctrl-C was pressed during this answer."""
+        while self.terminal and select.select([sys.stdin], [], [], 0)[0]:
+            if not (keys := os.read(sys.stdin.fileno(), 4096)):
+                break
+            self.stopped |= b"\x03" in keys
+            self.typed += keys
+        return self.stopped
+
+    def line(self) -> str:
+        """Ask for a line. EOFError at the end of input; KeyboardInterrupt."""
+        if not (self.terminal and sys.stdout.isatty()):
+            return input(">>> ")
+        if not hasattr(self, "session"):
+            from prompt_toolkit import PromptSession    # line editing, history, pastes of several lines, CJK
+            self.session = PromptSession()
+        typed = self.typed.rpartition(b"\x03")[2].decode(errors="ignore").strip()
+        return self.session.prompt(">>> ", default="".join(filter(str.isprintable, typed)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Conversation
+
+COMMANDS = {
+    "/help": "this list",
+    "/clear": "start a new conversation",
+    "/retry": "ask the last question once more",
+    "/think on|off": "show reasoning in full, or fold it to a line",
+    "/file PATH": "put a text file in front of the next question",
+    "/search FILE.json": "put web pages in front of it: a list of texts, or of objects with 'content' and, if "
+                         "you like, 'title' and 'url'",
+    "/save FILE": "write the conversation as JSON, which --input-file reads",
+    "/exit": "leave"}
+
+
+class Conversation:
+    """The messages so far, and the commands that act on them."""
+
+    def __init__(self, chat: Chat, max_seq_len: int, boxed: bool):
+        self.chat, self.max_seq_len, self.boxed = chat, max_seq_len, boxed
+        self.messages: list[dict] = []
+        self.last, self.answered = None, False          # the last question, as it was sent
+        self.attached = None            # makes the official prompt of the next question
+
+    def read(self, keyboard: Keyboard, screen: "Screen") -> list[int] | None:
+        """Ask until there is something to answer; the whole conversation's ids, or None to leave."""
+        while True:
             try:
-                prompt = chat.encode(advised(messages, boxed)[0])
-            except ValueError as error:
-                messages.pop()
+                line = keyboard.line()
+                if line.strip() == "/exit":
+                    return None
+                prompt = self.command(line.strip(), screen) if line.startswith("/") else self.send(line)
+                if prompt:
+                    return prompt
+            except EOFError:
+                print()
+                return None
+            except KeyboardInterrupt:
+                if not keyboard.terminal:
+                    raise
+                print("(/exit or Ctrl-D leaves)")
+            except (ValueError, OSError) as error:
                 print(f"({error})")
-                continue
-            if len(prompt) < max_seq_len:
-                return prompt
-            messages.pop()
-            print(f"({len(prompt)} tokens by now, and --max-seq-len is {max_seq_len}; /clear starts anew)")
+
+    def send(self, question: str) -> list[int] | None:
+        """Add a question; the ids to be answered, None if it is blank. ValueError if there is no room."""
+        if not question.strip():
+            return None
+        if self.attached:
+            question, self.attached = self.attached(question), None
+        self.messages.append({"role": "user", "content": question})
+        try:
+            prompt = self.chat.encode(advised(self.messages, self.boxed)[0])
+            if len(prompt) >= self.max_seq_len:
+                raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}; "
+                                 f"/clear starts anew")
+        except ValueError:
+            self.messages.pop()
+            raise
+        self.last, self.answered = question, False
+        return prompt
+
+    def thinks(self) -> bool:
+        """Whether the answer begins inside of <think>."""
+        return self.chat.thinks(self.chat.render(self.messages))
+
+    def add(self, reasoning: str, answer: str) -> None:
+        """The answer to what was sent. Without one, the question is taken back: R1 knows no empty turns."""
+        self.answered = bool(answer.strip())
+        if self.answered:
+            self.messages.append({"role": "assistant", "content": answer, "reasoning": reasoning.strip()})
+        else:
+            self.messages.pop()
+            print("(no answer, so the question does not count; /retry asks it again)")
+
+    def command(self, line: str, screen: "Screen") -> list[int] | None:
+        """Obey one; ids if it asks for an answer. ValueError or OSError says what is wrong with it."""
+        name, _, argument = line.partition(" ")
+        usage = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
+        if usage is None:
+            raise ValueError(f"{name} is no command; /help lists them, a blank in front sends it as text")
+        if bool(argument) != (" " in usage) or usage == "/think on|off" and argument not in ("on", "off"):
+            raise ValueError(f"usage: {usage}")
+        path = Path(argument.strip().strip("'\"")).expanduser()
+        match name:
+            case "/help":
+                print("\n".join(f"  {usage:<18} {what}" for usage, what in COMMANDS.items()))
+                print("  Ctrl-C             stop an answer")
+            case "/clear":
+                self.messages, self.last, self.answered, self.attached = [], None, False, None
+                print("(a new conversation)")
+            case "/retry":
+                if self.last is None:
+                    raise ValueError("there is no question yet")
+                if self.answered:
+                    del self.messages[-2:]
+                return self.send(self.last)
+            case "/think":
+                screen.full = argument == "on"
+                print(f"(reasoning will be {'shown' if screen.full else 'folded'})")
+            case "/file":
+                self.attach_file(path)
+            case "/search":
+                self.attach_pages(path)
+            case "/save":
+                write_file(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                print(f"({len(self.messages)} messages in {path})")
+
+    def attach_file(self, path: Path) -> None:
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
+        self.attached = lambda question: file_prompt(path.name, content, question)
+        print(f"({path.name}, {len(content):,} characters; now ask about it)")
+
+    def attach_pages(self, path: Path) -> None:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8-sig"))
+            pages = [page if isinstance(page, str) else
+                     "\n".join([*(page[key] for key in ("title", "url") if key in page), page["content"]])
+                     for page in results]
+            if not (pages and isinstance(results, list)):
+                raise TypeError("no list, or an empty one")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a JSON list of texts, or of objects with a text 'content': "
+                             f"{error!r}") from None
+        self.attached = lambda question: search_prompt(pages, question, date.today())
+        print(f"({len(pages)} web pages; now ask about them)")
 
 
-def stream_answer(events: Iterator, chat: Chat, messages: list[dict]) -> str:
-    """Print a completion as it comes; return its answer, without the reasoning, for the history."""
-    thinking = chat.thinks(chat.render(messages))
-    stream, parser, answer, reason = TextStream(chat.tokenizer), ReasoningParser(thinking), "", None
-    if thinking:
-        print("<think>", flush=True)                # it stands in the prompt: the model writes what follows
-    for event in events:
-        text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if event.finish_reason else "")
-        print(text, end="", flush=True)
-        pieces = parser.feed(text) + (parser.flush() if event.finish_reason else [])
-        answer += "".join(piece for kind, piece in pieces if kind == "answer")
-        reason = event.finish_reason
-    print("\n(stopped at the limit of tokens)" if reason == "length" else "", end="\n\n")
-    return answer
+# ------------------------------------------------------------------------------------------------------------
+# 3. Screen
+
+# Control characters could move the cursor or worse; a model may write any
+HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+class Screen:
+    """Shows completions as they come.
+
+    On a terminal, reasoning is dimmed and runs by on one line, which in the end says how long it took; with
+    `full` all of it stays. Elsewhere everything is written out, plainly.
+    """
+
+    def __init__(self, chat: Chat, full: bool):
+        self.tokenizer = chat.tokenizer
+        self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.colour = self.terminal and not os.environ.get("NO_COLOR")
+        self.full = full or not self.terminal
+
+    def show(self, events: Iterator, thinking: bool, n_prompt: int, n_kept: int = 0) -> tuple[str, str]:
+        """Show generate()'s events of one completion as they come; reasoning and answer. `thinking`: the
+        prompt has opened <think>."""
+        stream, parser = TextStream(self.tokenizer), ReasoningParser(thinking)
+        self.reasoning, self.answer, self.n_tokens, self.in_reasoning = "", "", 0, False
+        self.start, first, reason = time.monotonic(), None, None
+        if thinking:
+            self.open_reasoning()
+        for event in events:
+            first = first or time.monotonic()
+            self.n_tokens, reason = self.n_tokens + len(event.tokens), event.finish_reason
+            text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if reason else "")
+            for part, piece in parser.feed(text) + (parser.flush() if reason else []):
+                (self.add_reasoning if part == "reasoning" else self.add_answer)(piece)
+            if self.in_reasoning and parser.part == "answer":
+                self.close_reasoning()
+        if self.in_reasoning:
+            self.close_reasoning()
+        seconds = time.monotonic() - (first or self.start)
+        self.write("\n" if self.answer and not self.answer.endswith("\n") else "")
+        why = {"length": "stopped at the limit of tokens", "repetition": "stopped: it repeats itself",
+               None: "stopped"}
+        self.write(f"({why[reason]})\n" if reason in why else "")
+        rate = f", {(self.n_tokens - 1) / seconds:.1f} tokens/s" if self.n_tokens > 1 and seconds else ""
+        wait = f", {first - self.start:.1f} s" if first else ""
+        self.write(f"{self.n_tokens} tokens{rate}; prompt: {n_prompt - n_kept} of {n_prompt} tokens new{wait}"
+                   "\n\n", dim=True, file=sys.stderr)
+        return self.reasoning, self.answer
+
+    def open_reasoning(self) -> None:
+        self.in_reasoning = True
+        self.write("<think>\n" if self.full else "thinking" if self.terminal else "", dim=True)
+
+    def add_reasoning(self, text: str) -> None:
+        if not self.in_reasoning:               # the model itself has written the tag
+            self.open_reasoning()
+        self.reasoning += text
+        if self.full:
+            self.write(text, dim=True)
+        elif self.terminal:
+            head = f"thinking, {self.n_tokens} tokens: "
+            tail = " ".join(self.reasoning[-400:].split())
+            columns = shutil.get_terminal_size().columns - len(head) - 1
+            self.erase_line()
+            self.write(head + last_columns(tail, columns), dim=True)
+
+    def close_reasoning(self) -> None:
+        self.in_reasoning = False
+        if self.full:
+            self.write(("" if self.reasoning[-1:] in ("", "\n") else "\n") + "</think>\n\n", dim=True)
+        else:
+            self.erase_line()
+            self.write(f"thought for {self.n_tokens} tokens, {time.monotonic() - self.start:.0f} s\n\n",
+                       dim=True)
+
+    def add_answer(self, text: str) -> None:
+        if self.in_reasoning:
+            self.close_reasoning()
+        self.answer += text
+        self.write(text)
+
+    def erase_line(self) -> None:
+        print("\r\x1b[K" if self.terminal else "", end="")
+
+    def write(self, text: str, dim: bool = False, file=None) -> None:
+        file = file or sys.stdout
+        if self.terminal:
+            text = text.translate(HARMLESS)
+        if dim and text and self.colour and file.isatty():
+            text = f"\x1b[2m{text}\x1b[0m"
+        print(text, end="", flush=True, file=file)
+
+
+def last_columns(text: str, columns: int) -> str:
+    """The end of a text that takes at most so many columns; Chinese characters take two."""
+    start = len(text)
+    while start and (columns := columns - (2 if east_asian_width(text[start - 1]) in "WF" else 1)) >= 0:
+        start -= 1
+    return text[start:]
+
+
+def show(events: Iterator, screen: Screen | None, thinking: bool, *lengths: int) -> tuple[str, str]:
+    """Rank 0 (which has a screen) shows a completion; the other ranks only take part in computing it."""
+    if screen:
+        return screen.show(events, thinking, *lengths)
+    deque(events, maxlen=0)
+    return "", ""

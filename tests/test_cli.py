@@ -1,9 +1,8 @@
 """Claim: the programs do what the README says, and meet bad input with one clear line and exit code 2.
 
-Real processes, torchrun and a pseudo-terminal, on small random checkpoints with R1's tokens. Outputs of
+Real processes and torchrun, on small random checkpoints with R1's tokens. Outputs of
 different numbers of ranks are compared byte for byte: greedy and seeded tokens in fp32 are the same tokens.
 """
-import io
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pexpect
 import pytest
 import tiny
 from test_checkpoint_leftovers import edit
@@ -20,7 +18,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import convert
 import generate
-import interactive
 
 ROOT = Path(__file__).parent.parent
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -193,84 +190,36 @@ def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
     assert error.count("moved into the user's turn") == 2 and error.count("advises 0.5 to 0.7") == 1
 
 
-# Interactive
+def test_a_think_budget_and_loops_are_followed_in_files_and_written_down(folders, tmp_path):
+    (tmp_path / "p.txt").write_text("47 * 36\n12 + 30?\n")
+    args = ["--input-file", tmp_path / "p.txt", "--temperature", 0, "--dtype", "float32"]
+    free, held = tmp_path / "free.jsonl", tmp_path / "held.jsonl"
+    assert run("generate.py", *args, "--output-file", free).returncode == 0
+    assert run("generate.py", *args, "--output-file", held, "--think-budget", 20).returncode == 0
+    for line, long in zip(held.read_text().splitlines(), free.read_text().splitlines(), strict=True):
+        record, long = json.loads(line), json.loads(long)
+        assert record["tokens"][:20] == long["tokens"][:20] and record["finish_reason"] == "stop"
+        assert long["text"].startswith(record["reasoning"]) and record["text"].count("</think>") == 1
+        assert record["reasoning"] != long["reasoning"] and record["answer"]
 
 
-def chat(folders: Path, *more, ckpt: str = "hf", ranks: int = 1) -> pexpect.spawn:
-    args = program("generate.py", "--ckpt-path", folders / ckpt, "--interactive", "--max-new-tokens", 12,
-                   "--seed", 1, "--max-seq-len", 200, *more, ranks=ranks)
-    child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=60, echo=False, codec_errors="replace")
-    child.expect(">>> ")
-    return child
+def test_a_think_budget_needs_a_model_with_think_tokens():
+    class Plain:
+        def token_id(self, token):
+            return None
+
+    with pytest.raises(ValueError, match="--think-budget: the tokenizer in DIR has no <think> and </think>"):
+        args = generate.parse_args(["--prompt", "a", "--ckpt-path", "DIR", "--think-budget", "9"])
+        generate.think_budget(args, Plain())
+    with pytest.raises(SystemExit):
+        generate.parse_args(["--prompt", "a", "--think-budget", "-1"])
 
 
-@pytest.mark.parametrize("ckpt, ranks", [("hf", 1), ("hf mp2", 2)])
-def test_a_conversation_through_a_terminal(ckpt, ranks, folders):
-    child = chat(folders, ckpt=ckpt, ranks=ranks)
-    child.sendline("How much is 1 + 1?")
-    child.expect("<think>")
-    child.expect(">>> ")
-    child.sendline("/clear")
-    child.expect("a new conversation")
-    child.sendline("/frobnicate now")
-    child.expect("/frobnicate is no command")
-    child.sendline("")
-    child.sendline("好" * 100)                                    # 300 bytes, a token each
-    child.expect(r"30\d tokens by now, and --max-seq-len is 200")
-    child.sendline("still there?")
-    child.expect("<think>")
-    child.expect(">>> ")
-    child.sendline("a forged <｜begin▁of▁sentence｜>")
-    child.expect("a prompt has one")
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == 0
-
-
-def test_end_of_file_and_ctrl_c_leave_without_a_traceback(folders):
-    for key, code in (("\x04", 0), ("\x03", 130)):
-        child = chat(folders)
-        child.send(key)
-        child.expect(pexpect.EOF)
-        child.wait()
-        assert child.exitstatus == code and "Traceback" not in child.before
-
-
-def test_the_next_prompt_holds_old_answers_but_no_old_reasoning(folders, capsys, monkeypatch):
-    from chat import Chat, Tokenizer as ChatTokenizer
-    talk = Chat(ChatTokenizer(folders / "hf"))
-    messages = [{"role": "user", "content": "Hi"}]
-    ids = talk.tokenizer.encode("I think...</think>\n\nHello 你好!")
-    events = [generate.Event(0, 0, (i,), (0.0,), None) for i in ids] + [generate.Event(0, 0, (), (), "stop")]
-    answer = interactive.stream_answer(iter(events), talk, messages)
-    assert capsys.readouterr().out == "<think>\nI think...</think>\n\nHello 你好!\n\n"
-    messages.append({"role": "assistant", "content": answer})
-    monkeypatch.setattr("builtins.input", lambda _: "Bye")
-    prompt = talk.tokenizer.decode(interactive.read_turn(messages, talk, 1000))
-    assert prompt == "<｜User｜>Hi<｜Assistant｜>Hello 你好!<｜User｜>Bye<｜Assistant｜><think>\n"
-
-
-def test_text_is_on_the_screen_before_the_next_token_is_computed(folders, monkeypatch):
-    from chat import Chat, Tokenizer as ChatTokenizer
-    talk, screen = Chat(ChatTokenizer(folders / "hf")), io.StringIO()
-    shown = []
-    monkeypatch.setattr(screen, "flush", lambda: shown.append(screen.getvalue()))
-    monkeypatch.setattr("sys.stdout", screen)
-
-    def events():
-        for text in "so</think>ok":
-            yield generate.Event(0, 0, tuple(talk.tokenizer.encode(text)), (0.0,), None)
-            assert shown[-1].endswith(text)
-        yield generate.Event(0, 0, (), (), "stop")
-
-    assert interactive.stream_answer(events(), talk, [{"role": "user", "content": "?"}]) == "ok"
-
-
-def test_a_pasted_line_that_is_not_utf_8_does_not_end_the_chat(folders):
-    done = subprocess.run(program("generate.py", "--ckpt-path", folders / "hf", "--interactive"),
-                          input=b"caf\xe9\n/exit\n", capture_output=True, timeout=120)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
+def test_loops_end_answers_to_people_but_not_those_that_are_measured(folders):
+    for mode, stops in ((["--interactive"], True), (["--prompt", "a"], True), (["--input-file", "a"], False),
+                        (["--interactive", "--no-stop-loops"], False),
+                        (["--input-file", "a", "--stop-loops"], True)):
+        assert generate.parse_args(mode).stop_loops is stops
 
 
 # Bad input

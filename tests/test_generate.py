@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from generate import Event, Sampling, generate
+from generate import Event, Kept, Loop, Sampling, ThinkBudget, generate
+from model import Cache
 
 PROMPTS = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()
            for n in (5, 60, 1, 17, 33, 2, 44)]
@@ -159,3 +160,120 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_work(both, prompts):
     with pytest.raises(ValueError, match="prompt 1 has (0|256) tokens; 1 to 255 fit"):
         next(generate(model, prompts, (), 5))
     assert not model.shapes
+
+
+# Reasoning that is closed, loops that are stopped, turns that share their beginning
+
+
+class Never(Counting):
+    """A model that draws ids from 250 on only when it is made to."""
+
+    def __call__(self, tokens, cache, last=None):
+        logits = super().__call__(tokens, cache, last)
+        return logits.where(torch.arange(logits.shape[-1]) < 250, -torch.inf)
+
+
+def test_a_think_budget_closes_the_reasoning_and_nothing_else(both):
+    prompts = [[*prompt, 254, 10] for prompt in PROMPTS]            # each has opened its reasoning
+    sampling = Sampling(1.0, 1.0, 2)
+    free = complete(Never(tiny.load(both[0], rows=3)), prompts, sampling=sampling)
+    for budget in (0, 1, 7, 17, 20, 99):
+        think = ThinkBudget(budget, opening=254, closing=250, ending=(11, 250, 12))
+        for rows in (1, 3):
+            held = complete(Never(tiny.load(both[0], rows=rows)), prompts, sampling=sampling, think=think)
+            for tokens, expected in zip(held, free, strict=True):
+                assert tokens[:budget] == expected[:budget]
+                assert tuple(tokens[budget:budget + 3]) == (11, 250, 12)[:max(20 - budget, 0)]
+                assert len(tokens) == 20 and tokens.count(250) == (budget < 19)
+        think = ThinkBudget(budget, opening=255, closing=250, ending=(11, 250, 12))
+        assert complete(Never(tiny.load(both[0])), prompts, sampling=sampling, think=think) == free
+
+
+def test_reasoning_that_ended_or_begins_by_itself_is_counted_right(both):
+    model = tiny.load(both[0])
+    for seed in range(20):
+        sampling = Sampling(2.0, 1.0, seed)
+        free = complete(model, PROMPTS[:1], sampling=sampling)[0]
+        if len(set(free[:9])) == 9:
+            break
+    think = ThinkBudget(3, opening=free[2], closing=free[4], ending=(1, 2, 3))
+    assert complete(model, PROMPTS[:1], sampling=sampling, think=think)[0][:9] == free[:9]  # one token long
+    think = ThinkBudget(3, opening=free[2], closing=250, ending=(1, 250, 3))
+    assert complete(model, PROMPTS[:1], sampling=sampling, think=think)[0][:9] == [*free[:6], 1, 250, 3]
+
+
+def test_the_log_probability_of_a_forced_token_is_the_models_own(both):
+    path, hf = both
+    think = ThinkBudget(2, opening=PROMPTS[0][-1], closing=200, ending=(100, 200))
+    events = list(generate(tiny.load(path), PROMPTS[:1], (), 4, Sampling(temperature=0), think=think))
+    tokens = [token for event in events for token in event.tokens]
+    assert tokens[2:] == [100, 200]
+    with torch.no_grad():
+        expected = hf(torch.tensor([PROMPTS[0] + tokens])).logits[0, -5:-1].log_softmax(-1)
+    logprobs = torch.tensor([event.logprobs[0] for event in events])
+    torch.testing.assert_close(logprobs, expected.gather(1, torch.tensor(tokens)[:, None])[:, 0], rtol=0,
+                               atol=3e-5)
+
+
+@pytest.mark.parametrize("period, first", [(1, 256), (2, 256), (64, 256), (65, 260), (300, 1200),
+                                           (1024, 4096), (1025, None)])
+def test_a_loop_is_noticed_after_four_rounds_and_256_tokens(period, first):
+    numbers = torch.randint(10 ** 9, (2000,), generator=torch.Generator().manual_seed(period)).tolist()
+    start, round_ = numbers[:500], numbers[500:500 + period]
+    loop = Loop()
+    assert not any(map(loop.feed, start))
+    found = next((n for n in range(6000) if loop.feed(round_[n % period])), None)
+    assert found == (first and first - 1)
+    varied = Loop()         # one other token in each fourth round: no loop
+    assert not any(varied.feed(round_[n % period] if n % 251 else -n) for n in range(3000) if period < 64)
+
+
+def test_a_completion_in_a_loop_ends_if_asked_to(both):
+    class Stuck(Counting):
+        def __call__(self, tokens, cache, last=None):
+            logits = super().__call__(tokens, cache, last)
+            return torch.where(torch.arange(logits.shape[-1]) == 7, 1e4, logits)
+
+    model = Stuck(tiny.load(both[0], max_seq_len=400))
+    *_, last = events = list(generate(model, [[1, 2, 3]], (), 300, stop_loops=True))
+    assert last.finish_reason == "repetition" and sum(len(event.tokens) for event in events) == 256
+    *_, last = events = list(generate(model, [[1, 2, 3]], (), 300))
+    assert last.finish_reason == "length" and sum(len(event.tokens) for event in events) == 300
+
+
+def test_the_next_turn_runs_only_what_follows_the_common_prefix(both):
+    path, _ = both
+    turns = [PROMPTS[1], PROMPTS[1] + PROMPTS[3], PROMPTS[1][:30] + PROMPTS[4], PROMPTS[1][:30] + PROMPTS[4],
+             PROMPTS[1][:20], PROMPTS[0]]
+    model = Counting(tiny.load(path, rows=1, prefill_chunk=16))
+    kept, held = Kept(Cache.allocate(model.cfg, model.rt)), []
+    for turn in turns:
+        model.shapes.clear()
+        shared = kept.shared(turn)
+        tokens = complete(model, [turn], new=8, kept=kept)[0]
+        assert tokens == complete(tiny.load(path), [turn], new=8)[0]        # as without a past
+        assert sum(n_new for _, n_new in model.shapes) == len(turn) - shared + 7
+        assert kept.tokens == turn + tokens[:-1]
+        common = next((i for i, (a, b) in enumerate(zip(turn, held)) if a != b), min(len(turn), len(held)))
+        assert shared == min(common, len(turn) - 1)
+        held = kept.tokens[:]
+    answer = complete(tiny.load(path), [PROMPTS[1]], new=8)[0]
+    list(generate(model, [PROMPTS[1]], (), 8, Sampling(temperature=0), kept=kept))
+    model.shapes.clear()
+    list(generate(model, [PROMPTS[1] + answer + [3, 4]], (), 1, kept=kept))
+    assert model.shapes == [(1, 3)]         # the last token of an answer was drawn, but never run
+
+
+def test_a_cancelled_call_stops_before_the_next_pass_and_leaves_a_cache_to_go_on_with(both):
+    path, _ = both
+    expected = complete(tiny.load(path), [PROMPTS[1]], new=8)[0]
+    for passes in range(9):
+        model = Counting(tiny.load(path, rows=1, prefill_chunk=16))         # 60 tokens: 4 passes
+        kept = Kept(Cache.allocate(model.cfg, model.rt))
+        events = list(generate(model, [PROMPTS[1]], (), 8, Sampling(temperature=0), kept=kept,
+                               cancelled=lambda: len(model.shapes) >= passes))
+        assert len(model.shapes) == passes
+        assert [event.tokens[0] for event in events] == expected[:max(passes - 3, 0)]
+        again = generate(model, [PROMPTS[1]], (), 8, Sampling(temperature=0), kept=kept)
+        assert [event.tokens[0] for event in again] == expected
+        assert sum(n for _, n in model.shapes) <= 60 + 7 + 1 + max(passes - 4, 0)       # nothing ran twice
