@@ -2,12 +2,16 @@
 
 Nothing is timed here: figures of small shapes on a CPU mean nothing.
 """
+import dataclasses
 import json
 
 import pytest
+import tiny
 import torch
 
-from benchmarks import fp8_gemm
+from benchmarks import fp8_gemm, throughput
+from convert import Checkpoint
+from model import Config, Runtime, Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +51,59 @@ def test_goals_are_judged_by_their_worst_case():
     assert "0.60 at worst, 0.70 in the middle, missed" in few
     assert "1.50 at worst" in bf16 and "reached" in bf16
     assert "0.70 at worst" in one and "reached" in one and "4.00 at worst" in loop and "missed" in loop
+
+
+@pytest.mark.parametrize("config", [tiny.qwen2, tiny.deepseek])
+def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_and_plot(config, tmp_path,
+                                                                                      monkeypatch, capsys):
+    tiny.write(tmp_path / "hf", config(max_position_embeddings=4096))
+    monkeypatch.setattr(throughput, "PROMPTS", (16,))
+    monkeypatch.setattr(throughput, "DECODE", ((8, 1), (8, 3), (40, 1)))
+    monkeypatch.setattr(throughput, "ONLY_OURS", 40)
+    monkeypatch.setattr(throughput, "limits", lambda device: {"bandwidth": 1e10, "gemm": 1e12})
+    before = set((tmp_path / "hf").iterdir())
+    assert throughput.main(["--ckpt-path", str(tmp_path / "hf"), "--who", "ours", "transformers", "--rounds", "1",
+                            "--new-tokens", "3", "--output", str(tmp_path / "out")]) == 0
+    assert set((tmp_path / "hf").iterdir()) == before
+    path, = (tmp_path / "out").glob("throughput_hf_*.json")
+    facts = json.loads(path.read_text())
+    assert [(r["task"], r["tokens"], r["rows"], r["who"]) for r in facts["rows"]] == [
+        (*task, who) for task in (("prefill", 16, 1), ("decode", 8, 1), ("decode", 8, 3), ("decode", 40, 1))
+        for who in ("ours", "transformers") if task[1] != 40 or who == "ours"]
+    for row in facts["rows"]:
+        done = 16 if row["task"] == "prefill" else 3 * row["rows"]
+        assert row["rate"] == pytest.approx(done / row["runs"][0]) and row["of_limit"] > 0
+    assert all(load["seconds"] > 0 and load["bytes"] > 0 for load in facts["loads"].values())
+    text = path.with_suffix(".md").read_text()
+    assert text == capsys.readouterr().out and text.count("\n| ") == 2 + 7 + 2
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("config", ["qwen_0.5b", "moe_0.5b"])
+def test_the_limits_count_each_active_weight_once(config):
+    cfg = Config.from_json(throughput.ROOT / f"configs/{config}.json")
+    model = Transformer(cfg, Runtime())
+    active = 0
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and "embed" not in name and "head" not in name:
+            active += p.numel() * (cfg.moe.n_activated_experts / cfg.moe.n_routed_experts if p.ndim == 3 else 1)
+    head = cfg.vocab_size * cfg.dim
+    pairs = cfg.n_layers * cfg.n_heads * (64 + 32 + 64 if cfg.mla else 128)     # (d + r) + v, or 2 d
+    n = 2000
+    assert throughput.multiplications(cfg, n) == 2 * (n * active + head + pairs * n * n // 2)
+    # a decode step at this bandwidth takes 1 s for reading all active bytes and the cache
+    step = throughput.memory.plan(cfg, Runtime(max_seq_len=n + 64)).step
+    assert throughput.share(cfg, n, 1, 128, "ours", 128.0, {"bandwidth": [step]}) == pytest.approx(1)
+
+
+def test_random_weights_have_the_shapes_of_the_config(tmp_path):
+    for name in ("qwen_0.5b", "moe_0.5b"):
+        cfg = Config.from_json(throughput.ROOT / f"configs/{name}.json")
+        cfg = dataclasses.replace(cfg, n_layers=2, vocab_size=64)
+        throughput.write_random(cfg, tmp_path / name)
+        assert Checkpoint(tmp_path / name).cfg == dataclasses.replace(cfg, dtype="bfloat16")
+
+
+def test_a_config_that_is_not_there_is_one_clear_line(capsys):
+    assert throughput.main(["--config", "nowhere.json"]) == 2
+    assert "throughput.py: error: " in capsys.readouterr().err

@@ -1,0 +1,408 @@
+"""How fast is a whole model? Ours, eager and compiled, beside transformers and llama.cpp, in one process.
+
+    python benchmarks/throughput.py --config configs/qwen_0.5b.json         random weights of these shapes
+    python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
+
+Every figure is a median over rounds, in each of which all take their turn at each task. Ours runs through
+generate(), with the draw of each token; transformers and llama.cpp run bare forward passes and take the largest
+logit. Reading bandwidth and GEMM peak are measured in the same rounds: what a step must read, over the first,
+and what a prompt must multiply, over the second, are the limits. Load time and peak memory are those of fresh
+processes that load (from the file cache) and take one step.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import kernel  # noqa: E402
+import memory  # noqa: E402
+from convert import Checkpoint, Parser, load_model  # noqa: E402
+from generate import Sampling, generate  # noqa: E402
+from model import Config, Linear, Runtime  # noqa: E402
+
+PROMPTS = (512, 2000)                       # tokens of prefill
+DECODE = ((128, 1), (2000, 1), (128, 8), (2000, 8), (8000, 1))      # tokens of context, rows
+ONLY_OURS = 8000                            # the longest context: transformers would need minutes for it
+
+# ------------------------------------------------------------------------------------------------------------
+# The competitors: each loads a folder, reads a prompt, and makes tokens
+
+
+class Ours:
+    def __init__(self, folder: Path, device: str, compile: bool = False, fp8: bool = False):
+        checkpoint = Checkpoint(folder)
+        self.rt = Runtime(torch.device(device), torch.bfloat16, compile=compile)
+        self.model = load_model(checkpoint, self.rt)
+        if fp8:
+            quantise(self.model)
+
+    def run(self, n: int, rows: int, new: int) -> float:
+        """Seconds from the first draw of all rows to the last token; with new = 0, of reading n tokens."""
+        self.model.rt = replace(self.rt, rows=rows, max_seq_len=n + new + 2)
+        events = generate(self.model, [prompt(n)], (), new + 1, Sampling(temperature=0.6),
+                          wanted=[(0, sample) for sample in range(rows)])
+        start = time.perf_counter()
+        for _ in range(rows):
+            next(events)
+        if new:
+            start = time.perf_counter()
+            for _ in events:
+                pass
+        return time.perf_counter() - start
+
+
+def quantise(model) -> None:
+    """Block-wise FP8 for the layers' weights, made here: published folders of such models do not exist."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, Linear) and "wkv_b" not in name:          # which is never kept in FP8
+            w = linear.weight
+            pairs = [kernel.weight_quant(matrix) for matrix in w.view(-1, *w.shape[-2:])]
+            q, scale = (torch.stack(part).view(*w.shape[:-2], *part[0].shape) for part in zip(*pairs))
+            linear.weight, linear.scale = torch.nn.Parameter(q, requires_grad=False), scale
+
+
+class Transformers:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype = torch.bfloat16):
+        from transformers import AutoModelForCausalLM
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model = self.model.to(device).eval()
+
+    @torch.inference_mode()
+    def run(self, n: int, rows: int, new: int) -> float:
+        tokens = torch.tensor([prompt(n)], device=self.model.device)
+        start = time.perf_counter()
+        out = self.model(tokens, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        token.tolist()
+        if new:
+            out.past_key_values.batch_repeat_interleave(rows)
+            token = token.repeat(rows, 1)
+            start = time.perf_counter()
+            for _ in range(new):
+                out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+                token.tolist()                              # as ours: every token is shown at once
+        return time.perf_counter() - start
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, with random weights of the same shapes in bf16; a row at a time."""
+
+    def __init__(self, folder: Path, device: str):
+        from llama_cpp import Llama
+        path = folder / "random-bf16.gguf"
+        if not path.exists():
+            write_gguf(Checkpoint(folder).cfg, path)
+        threads = torch.get_num_threads()
+        self.model = Llama(str(path), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(self, n: int, rows: int, new: int) -> float:
+        self.model.reset()
+        start = time.perf_counter()
+        self.model.eval(prompt(n))
+        if new:
+            start = time.perf_counter()
+            for _ in range(new):
+                self.model.eval([7])
+        return time.perf_counter() - start
+
+
+def write_gguf(cfg: Config, path: Path) -> None:
+    """Random weights for llama.cpp in the shapes of a dense model: names of its architectures qwen2, llama."""
+    import gguf
+    import numpy as np
+    a, d, f = cfg.gqa, cfg.dim, cfg.inter_dim
+    file, rng = gguf.GGUFWriter(path, "qwen2" if a.qkv_bias else "llama"), np.random.default_rng(0)
+    for add, value in ((file.add_context_length, cfg.context_len), (file.add_embedding_length, d),
+                       (file.add_block_count, cfg.n_layers), (file.add_feed_forward_length, f),
+                       (file.add_head_count, cfg.n_heads), (file.add_head_count_kv, a.n_kv_heads),
+                       (file.add_rope_freq_base, cfg.rope.theta), (file.add_vocab_size, cfg.vocab_size),
+                       (file.add_layer_norm_rms_eps, cfg.norm_eps), (file.add_tokenizer_model, "none"),
+                       (file.add_rope_dimension_count, a.head_dim), (file.add_key_length, a.head_dim),
+                       (file.add_value_length, a.head_dim)):
+        add(value)
+
+    def matrix(name, rows, columns):
+        high = (rng.standard_normal((rows, columns), dtype=np.float32) * columns ** -0.5).view(np.uint32) >> 16
+        file.add_tensor(name, high.astype(np.uint16).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+    def vector(name, size, value):
+        file.add_tensor(name, np.full(size, value, np.float32))
+
+    matrix("token_embd.weight", cfg.vocab_size, d)
+    if not cfg.tie_embeddings:
+        matrix("output.weight", cfg.vocab_size, d)
+    vector("output_norm.weight", d, 1)
+    q, kv = cfg.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    for i in range(cfg.n_layers):
+        for name in ("attn_norm", "ffn_norm"):
+            vector(f"blk.{i}.{name}.weight", d, 1)
+        for name, rows, columns in (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, q),
+                                    ("ffn_gate", f, d), ("ffn_up", f, d), ("ffn_down", d, f)):
+            matrix(f"blk.{i}.{name}.weight", rows, columns)
+            if a.qkv_bias and name in ("attn_q", "attn_k", "attn_v"):
+                vector(f"blk.{i}.{name}.bias", rows, 0)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+ENGINES = {"ours": lambda folder, device: Ours(folder, device),
+           "ours compiled": lambda folder, device: Ours(folder, device, compile=True),
+           "ours compiled fp8": lambda folder, device: Ours(folder, device, compile=True, fp8=True),
+           "transformers": lambda folder, device: Transformers(folder, device),
+           "transformers fp32": lambda folder, device: Transformers(folder, device, torch.float32),
+           "llama.cpp": LlamaCpp}
+
+
+def prompt(n: int) -> list[int]:
+    return torch.randint(5, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random weights, by transformers, so that all read the same folder
+
+
+def write_random(cfg: Config, folder: Path) -> None:
+    """A HuggingFace folder in bf16 with the shapes of one of our configs."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen2Config
+    common = dict(vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.inter_dim,
+                  num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, rms_norm_eps=cfg.norm_eps,
+                  max_position_embeddings=cfg.context_len, tie_word_embeddings=cfg.tie_embeddings,
+                  rope_theta=cfg.rope.theta)                    # scaled or not, RoPE costs the same
+    if cfg.gqa:
+        family = Qwen2Config if cfg.gqa.qkv_bias else LlamaConfig
+        config = family(**common, num_key_value_heads=cfg.gqa.n_kv_heads, head_dim=cfg.gqa.head_dim)
+    else:
+        a, moe = cfg.mla, cfg.moe
+        config = DeepseekV3Config(
+            **common, num_key_value_heads=cfg.n_heads, q_lora_rank=a.q_lora_rank, kv_lora_rank=a.kv_lora_rank,
+            qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim, v_head_dim=a.v_head_dim,
+            moe_intermediate_size=moe.moe_inter_dim, n_routed_experts=moe.n_routed_experts,
+            num_experts_per_tok=moe.n_activated_experts, n_shared_experts=moe.n_shared_experts,
+            n_group=moe.n_expert_groups, topk_group=moe.n_limited_groups, norm_topk_prob=moe.norm_topk_prob,
+            first_k_dense_replace=moe.n_dense_layers, routed_scaling_factor=moe.route_scale)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Limits
+
+
+def median_seconds(work, times: int) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def limits(device: str) -> dict[str, float]:
+    """Bytes/s of reading 1 GB and flop/s of a bf16 product of 2048 x 2048 matrices."""
+    big = torch.ones(2 ** 28, device=device)
+    a, b = torch.randn(2, 2048, 2048, device=device).bfloat16()
+    with torch.inference_mode():
+        F.linear(a, b)
+        return {"bandwidth": big.nbytes / median_seconds(big.sum, 3),
+                "gemm": 2 * 2048 ** 3 / median_seconds(lambda: F.linear(a, b), 7)}
+
+
+def multiplications(cfg: Config, n: int) -> int:
+    """Floating-point operations of a prompt of n tokens: every active weight, and causal attention."""
+    if cfg.gqa:
+        a = cfg.gqa
+        attention = cfg.dim * a.head_dim * 2 * (cfg.n_heads + a.n_kv_heads)
+        per_pair = 2 * a.head_dim
+    else:
+        a = cfg.mla
+        qk, q_in = a.qk_nope_head_dim + a.qk_rope_head_dim, a.q_lora_rank or cfg.dim
+        attention = (cfg.dim * (a.q_lora_rank or 0) + q_in * cfg.n_heads * qk
+                     + cfg.dim * (a.kv_lora_rank + a.qk_rope_head_dim) + cfg.n_heads * a.v_head_dim * cfg.dim
+                     + a.kv_lora_rank * cfg.n_heads * (a.qk_nope_head_dim + a.v_head_dim))
+        per_pair = qk + a.v_head_dim
+    dense = cfg.moe.n_dense_layers if cfg.moe else cfg.n_layers
+    weights = cfg.n_layers * attention + dense * 3 * cfg.dim * cfg.inter_dim
+    if cfg.moe:
+        moe = cfg.moe
+        weights += (cfg.n_layers - dense) * cfg.dim * (moe.n_routed_experts + 3 * moe.moe_inter_dim * (
+            moe.n_activated_experts + moe.n_shared_experts))
+    return 2 * (n * weights + cfg.vocab_size * cfg.dim + cfg.n_layers * cfg.n_heads * per_pair * n * n // 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def load_once(engine: str, folder: Path, device: str) -> dict[str, float]:
+    """Of a fresh process: seconds to load, and bytes at the peak of loading and one step, without those
+    before. Pages of a mapped file count once they are read."""
+    done = subprocess.run([sys.executable, __file__, "--load-only", engine, "--ckpt-path", str(folder),
+                           "--device", device], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{engine}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_only(engine: str, folder: Path, device: str) -> None:
+    if engine.startswith("transformers"):
+        import transformers.models.auto.modeling_auto  # noqa: F401     the import is no loading
+    before, start = resident("VmRSS"), time.perf_counter()
+    model = ENGINES[engine](folder, device)
+    seconds = time.perf_counter() - start
+    model.run(16, 1, 2)
+    print(json.dumps({"seconds": seconds, "bytes": resident("VmHWM") - before}))
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(folder: Path, names: list[str], rounds: int, new: int, device: str) -> dict:
+    """All that the report is made from; times in seconds, medians over the rounds."""
+    loads = {name: [load_once(name, folder, device) for _ in range(min(rounds, 3))] for name in names}
+    engines = {name: ENGINES[name](folder, device) for name in names}
+    tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
+    taken, bounds = defaultdict(list), defaultdict(list)
+    for number in range(rounds + 1):                            # the first one warms up
+        for name, value in limits(device).items():
+            bounds[name].append(value)
+        for task in tasks:
+            for name, engine in engines.items():
+                n, rows, steps = task
+                if n >= ONLY_OURS and "ours" not in name or rows > 1 and name == "llama.cpp":
+                    continue
+                seconds = engine.run(n, rows, steps if number else min(steps, 2))
+                if number:
+                    taken[task, name].append(seconds)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    cfg = Checkpoint(folder).cfg
+    rows = [dict(task="prefill" if not new else "decode", tokens=n, rows=batch, who=name,
+                 rate=(batch * steps or n) / statistics.median(times), runs=times,
+                 of_limit=share(cfg, n, batch, steps, name, statistics.median(times), bounds))
+            for ((n, batch, steps), name), times in taken.items() for new in [steps]]
+    return {"limits": {name: statistics.median(values) for name, values in bounds.items()}, "rows": rows,
+            "loads": {name: {key: statistics.median(load[key] for load in runs) for key in runs[0]}
+                      for name, runs in loads.items()},
+            "weights": memory.plan(cfg, Runtime()).weights}
+
+
+def share(cfg: Config, n: int, rows: int, new: int, name: str, seconds: float, bounds: dict) -> float:
+    """The limit's time over the measured time."""
+    if new == 0:
+        return multiplications(cfg, n) / statistics.median(bounds["gemm"]) / seconds
+    dtype = torch.float32 if "fp32" in name else torch.bfloat16
+    rt = Runtime(dtype=dtype, rows=rows, max_seq_len=n + new // 2)
+    step = memory.plan(replace(cfg, fp8="fp8" in name), rt).step
+    return new * step / statistics.median(bounds["bandwidth"]) / seconds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def table(facts: dict) -> list[str]:
+    peer = {(r["task"], r["tokens"], r["rows"]): r["rate"] for r in facts["rows"] if r["who"] == "transformers"}
+    lines = ["| task | tokens | rows | who | tokens/s | x transformers | of the limit |",
+             "|---|--:|--:|---|--:|--:|--:|"]
+    for r in facts["rows"]:
+        other = peer.get((r["task"], r["tokens"], r["rows"]))
+        lines.append(f"| {r['task']} | {r['tokens']} | {r['rows']} | {r['who']} | {r['rate']:.1f} "
+                     f"| {f'''{r['rate'] / other:.2f}''' if other else ''} | {r['of_limit']:.2f} |")
+    lines += ["", "| who | load, s | peak memory, GB | of the weights |", "|---|--:|--:|--:|"]
+    for name, load in facts["loads"].items():
+        lines.append(f"| {name} | {load['seconds']:.2f} | {load['bytes'] / 1e9:.2f} "
+                     f"| {load['bytes'] / facts['weights']:.2f} |")
+    return lines
+
+
+def plot(facts: dict, title: str, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    tasks = list(dict.fromkeys((r["task"], r["tokens"], r["rows"]) for r in facts["rows"]))
+    names = list(facts["loads"])
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for i, name in enumerate(names):
+        rates = {(r["task"], r["tokens"], r["rows"]): r["of_limit"] for r in facts["rows"] if r["who"] == name}
+        places = [t + (i - len(names) / 2 + 0.5) * 0.8 / len(names) for t in range(len(tasks))]
+        axes.bar(places, [rates.get(task, 0) for task in tasks], 0.8 / len(names), label=name)
+    labels = [f"{task}\n{tokens:,} tokens\n{rows} row{'s' * (rows > 1)}" for task, tokens, rows in tasks]
+    axes.set(title=title, ylabel="of the limit", ylim=(0, 1.05))
+    axes.set_xticks(range(len(tasks)), labels, fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.legend(fontsize=8, ncols=3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Throughput of a model: ours, transformers, llama.cpp.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="one of ours: random weights of its shapes")
+    source.add_argument("--ckpt-path", type=Path, metavar="DIR", help="HuggingFace folder")
+    parser.add_argument("--who", nargs="+", choices=list(ENGINES), help="(default: all that can run)")
+    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of a decode task (%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="(benchmarks/results)")
+    parser.add_argument("--load-only", choices=list(ENGINES), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.load_only:
+        load_only(args.load_only, args.ckpt_path, args.device)
+        return 0
+    for name in ("rounds", "new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, name = Path(scratch), (args.ckpt_path or args.config).resolve().stem
+        try:
+            cfg = Config.from_json(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
+        except (ValueError, OSError) as error:
+            print(f"throughput.py: error: {error}", file=sys.stderr)
+            return 2
+        if args.config:
+            write_random(cfg, folder)
+        else:
+            for file in args.ckpt_path.iterdir():       # llama.cpp's file is put beside the links
+                (folder / file.name).symlink_to(file.resolve())
+        llama = find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and args.device == "cpu"
+        names = args.who or [name for name in ENGINES if name != "llama.cpp" or llama]
+        facts = measure(folder, names, args.rounds, args.new_tokens, args.device)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    facts = {"model": name, "device": where, "torch": torch.__version__, "rounds": args.rounds, **facts}
+    bounds = facts["limits"]
+    title = f"{name} on {where}"
+    text = "\n".join([f"# {title}", "", f"bf16 unless it says otherwise, torch {torch.__version__}, medians of "
+                      f"{args.rounds} rounds. Reading {bounds['bandwidth'] / 1e9:.1f} GB/s, bf16 products "
+                      f"{bounds['gemm'] / 1e9:.0f} GFLOP/s, weights {facts['weights'] / 1e9:.2f} GB.", "",
+                      *table(facts)])
+    print(text)
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = f"throughput_{name}_{where}".replace(" ", "_").replace("/", "_")
+    (args.output / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
+    (args.output / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    plot(facts, title, args.output / f"{stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
