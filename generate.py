@@ -209,7 +209,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str) -> "Ranks":
-        """Join the process group, NCCL on GPUs, gloo without. ValueError if a rank or the device is missing."""
+        """Join the process group, NCCL on GPUs, else gloo. ValueError if a rank or the device is missing."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no GPU here; accepted here: cpu, auto")
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -394,8 +394,10 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runt
         print(f"memory holds {rows} completions at a time, not {rt.rows}", file=sys.stderr)
         return replace(rt, rows=rows)
     fits = [f"--max-seq-len {length}"] * (length > 0) + [f"--batch-size {rows}"] * (0 < rows < rt.rows)
-    raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need} on each rank, and "
-                     f"{room / memory.GIB:.2f} GiB are free; "
+    if memory.plan(cfg, replace(rt, prefill_chunk=256)).total - on_disk <= room:
+        fits.append("--prefill-chunk 256")
+    raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}"
+                     f"{' on each rank' * (rt.tp.size > 1)}, and {room / memory.GIB:.2f} GiB are free; "
                      f"what fits: {' or '.join(fits) or 'nothing, on so few ranks'}")
 
 
@@ -480,7 +482,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, room
 def introduce(checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Rank 0 says, if there are several, where each rank runs and what it reads."""
     file = rank_file(ranks.tp.rank, ranks.tp.size) if checkpoint.manifest else "its part of each file"
-    for rank, place in enumerate(ranks.gather(f"{socket.gethostname()}, {ranks.device}, {file}")):
+    me = f"{socket.gethostname()}, process {os.getpid()}, {ranks.device}, {file}"
+    for rank, place in enumerate(ranks.gather(me)):
         if ranks.tp.rank == 0 and ranks.tp.size > 1:
             print(f"rank {rank} of {ranks.tp.size}: {place}", file=sys.stderr)
 
@@ -531,6 +534,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it
+            raise
+        print(f"generate.py: error: rank {os.environ.get('RANK')} lost another rank: {str(error)[:200]}",
+              file=sys.stderr)          # torchrun's report names the one that died
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()        # a process that exits with gloo's threads running is aborted

@@ -31,8 +31,9 @@ class Plan:
         return self.weights + self.cache + self.activations
 
     def __str__(self) -> str:
-        return (f"{self.total / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, cache {self.cache / GIB:.2f}, "
-                f"activations {self.activations / GIB:.2f})")
+        weights, cache, activations = self.weights / GIB, self.cache / GIB, self.activations / GIB
+        return (f"{self.total / GIB:.2f} GiB (weights {weights:.2f}, cache {cache:.2f}, "
+                f"activations {activations:.2f})")
 
 
 def plan(cfg: Config, rt: Runtime) -> Plan:
@@ -43,9 +44,9 @@ def plan(cfg: Config, rt: Runtime) -> Plan:
     tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
     weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
     held = sum(buffer.nbytes for layer in cache.layers for buffer in layer)
-    matrices = [t for name, t in tensors.items()
-                if t.dtype == kernel.FP8 and stored_bytes(name, t, cfg, rt) == t.nbytes]        # kept as FP8
-    converted = max((t.shape[-2] * t.shape[-1] for t in matrices), default=0) * rt.dtype.itemsize   # one a time
+    matrices = [t for name, t in tensors.items()                # kept as FP8, and converted one at a time
+                if t.dtype == kernel.FP8 and stored_bytes(name, t, cfg, rt) == t.nbytes]
+    converted = rt.dtype.itemsize * max((t.shape[-2] * t.shape[-1] for t in matrices), default=0)
     return Plan(weights, held, cache.bytes_per_token(), converted + activations(model, rt),
                 held + sum(read_bytes(name, t, cfg, rt) for name, t in tensors.items()))
 
@@ -97,8 +98,9 @@ def activations(model: Transformer, rt: Runtime) -> int:
     if cfg.moe:                                                 # every choice's output, weighted in fp32
         feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
+    mask = s * t * (1 + size)                                   # of bools, and torch's copy as numbers to add
     logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
-    return max(attention, feed_forward) * size + stream + s * t + logits
+    return max(attention, feed_forward) * size + stream + mask + logits
 
 
 def largest(rt: Runtime, cfg: Config, room: int) -> tuple[int, int]:
