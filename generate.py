@@ -17,10 +17,12 @@ import hashlib
 import json
 import math
 import os
+import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,9 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernel
+import memory
 from batch import Results, as_messages, read_prompts, run_batch
 from chat import END_THINK, THINK, Chat, Tokenizer, advised
-from convert import Checkpoint, Parser, fingerprint, load_model
+from convert import Checkpoint, Parser, fingerprint, load_model, rank_file
 from interactive import Conversation, Keyboard, Screen, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
@@ -298,6 +301,8 @@ def drop_row(rows: list[Row], slot: int, cache: Cache) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # 3. Ranks
 
+PATIENCE = timedelta(seconds=50)    # for ranks that have not started
+
 
 @dataclass
 class Ranks:
@@ -308,7 +313,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str) -> "Ranks":
-        """Join the process group, NCCL on GPUs, gloo without. ValueError if the device is not there."""
+        """Join the process group, NCCL on GPUs, else gloo. ValueError if a rank or the device is missing."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no GPU here; accepted here: cpu, auto")
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -319,7 +324,8 @@ class Ranks:
             torch.cuda.set_device(place)
         if size == 1:
             return cls(Shard(), place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=meet(rank, size), rank=rank,
+                                world_size=size)
         return cls(Shard(rank, size), place, dist.new_group(backend="gloo", timeout=timedelta(days=30)))
 
     def share(self, value):
@@ -338,15 +344,41 @@ class Ranks:
         result = error = None
         try:
             result = work()
-        except (ValueError, OSError) as problem:
-            error = str(problem) if self.tp.rank == 0 else f"rank {self.tp.rank}: {problem}"
-        errors = [error]
-        if self.control is not None:
-            errors = [None] * self.tp.size
-            dist.all_gather_object(errors, error, group=self.control)
-        if met := [error for error in errors if error]:
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as problem:
+            error = f"rank {self.tp.rank}: " * (self.tp.rank > 0) + (str(problem) or repr(problem))
+        if met := [error for error in self.gather(error) if error]:
             raise ValueError(met[0])
         return result
+
+    def gather(self, value) -> list:
+        """Every rank's value, on every rank."""
+        values = [value] * self.tp.size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def meet(rank: int, size: int) -> dist.Store:
+    """The store, once all ranks have signed in. ValueError names those that have not, PATIENCE later."""
+    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"     # else torchrun is
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, deadline = socket.gethostname(), time.monotonic() + PATIENCE.total_seconds()
+    try:
+        store = dist.TCPStore(address, port, size, server, timeout=PATIENCE, wait_for_workers=False)
+        store.set(f"rank {rank}", host)
+        while missing := [other for other in range(size) if not store.check([f"rank {other}"])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        else:
+            return store
+        there = {other: store.get(f"rank {other}").decode() for other in range(size) if other not in missing}
+    except dist.DistNetworkError as error:
+        raise ValueError(f"rank {rank} on {host} found no meeting place at {address}:{port} (MASTER_ADDR and "
+                         f"MASTER_PORT): {str(error).partition(chr(10))[0]}") from None
+    raise ValueError(f"rank {', '.join(map(str, missing))} of {size} did not arrive within "
+                     f"{PATIENCE.total_seconds():g} s; there are: "
+                     f"{', '.join(f'{other} on {there[other]}' for other in there)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,8 +388,10 @@ DEMO = Path(__file__).resolve().parent / "demo"
 WELCOME = """This is the demo, a small R1 of 2 million parameters that does arithmetic. Ask it, for example:
     What is 478 + 56?     47 * 36     Which is larger, 4821 or 4799?     (12 - 30) * 4
     Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many pencils is that in all?"""
+BATCH = 8                           # completions that run together, if memory holds so many
 MAX_NEW_TOKENS = 32_768             # R1's own limit in its evaluation
 CONVERSATION = 40_960               # tokens of a whole conversation: one longest answer, and 8,192 before it
+SHORTEST = 2_048                    # a conversation that memory cuts shorter than this is refused
 
 
 @dataclass(frozen=True)
@@ -400,7 +434,8 @@ def where(args: argparse.Namespace, number: int) -> str:
     return f"{args.input_file}, line {number}" if args.input_file else "--prompt"
 
 
-def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, records: list[dict]) -> tuple:
+def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, records: list[dict], ranks: Ranks,
+             room: float) -> tuple:
     """The job, and its results so far. ValueError, with the numbers, if something does not fit."""
     cfg, tokenizer = checkpoint.cfg, chat.tokenizer
     if tokenizer.n_tokens > cfg.vocab_size:
@@ -430,10 +465,48 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
               file=sys.stderr)
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
-    job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, max_seq_len,
-              max(1, min(args.batch_size, len(wanted))), prompts, wanted, think_budget(args, tokenizer),
-              args.stop_loops)
+    rt = runtime(args, cfg, ranks, max(1, min(args.batch_size or BATCH, len(wanted))), max_seq_len)
+    rt = fit(args, cfg, rt, room)
+    job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt.max_seq_len, rt.rows,
+              prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
     return job, results
+
+
+def runtime(args: argparse.Namespace, cfg: Config, ranks: Ranks, rows: int, max_seq_len: int) -> Runtime:
+    auto = "float32" if cfg.dtype == "float32" else "bfloat16"
+    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
+    return Runtime(ranks.device, DTYPES[auto if args.dtype == "auto" else args.dtype], fp8, ranks.tp, rows,
+                   max_seq_len, args.prefill_chunk)
+
+
+def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
+    """rt with what was left open made to fit `room` bytes a rank. ValueError, with the numbers, if it can't.
+
+    Open are the rows without --batch-size, and the length of a conversation without --max-seq-len. The cache
+    counts at full length, although on a CPU it takes memory token by token. Weights do not count where they
+    stay a mapped file, whose pages the system drops and reads again as it likes.
+    """
+    need = memory.plan(cfg, rt)
+    mapped = rt.device.type == "cpu" and not cfg.fp8 and not cfg.moe and rt.dtype == DTYPES[cfg.dtype]
+    on_disk = need.weights if mapped else 0
+    if on_disk > room:
+        print(f"the weights, {on_disk / memory.GIB:.2f} GiB, exceed the free memory, {room / memory.GIB:.2f} "
+              f"GiB: parts of them will be read from disk again for each token", file=sys.stderr)
+    if need.total - on_disk <= room:
+        return rt
+    rows, length = memory.largest(rt, cfg, room + on_disk)
+    if args.interactive and not args.max_seq_len and length >= SHORTEST:
+        print(f"memory holds a conversation of {length} tokens, not {rt.max_seq_len}", file=sys.stderr)
+        return replace(rt, max_seq_len=length)
+    if rows and not args.batch_size:
+        print(f"memory holds {rows} completions at a time, not {rt.rows}", file=sys.stderr)
+        return replace(rt, rows=rows)
+    fits = [f"--max-seq-len {length}"] * (length > 0) + [f"--batch-size {rows}"] * (0 < rows < rt.rows)
+    if memory.plan(cfg, replace(rt, prefill_chunk=256)).total - on_disk <= room:
+        fits.append("--prefill-chunk 256")
+    raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}"
+                     f"{' on each rank' * (rt.tp.size > 1)}, and {room / memory.GIB:.2f} GiB are free; "
+                     f"what fits: {' or '.join(fits) or 'nothing, on so few ranks'}")
 
 
 def think_budget(args: argparse.Namespace, tokenizer: Tokenizer) -> ThinkBudget | None:
@@ -460,13 +533,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="JSON lines (default: standard output)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="K",
                         help="completions of each prompt (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="that run together (%(default)s)")
+    parser.add_argument("--batch-size", type=int,
+                        help=f"that run together (default: {BATCH}, or as many as memory holds)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the --output-file of a run that was interrupted")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="per answer (%(default)s)")
     parser.add_argument("--max-seq-len", type=int,
                         help="tokens of prompt and answer together (default: what is needed, up to the "
                              f"model's context; interactive: {CONVERSATION})")
+    parser.add_argument("--prefill-chunk", type=int, default=Runtime.prefill_chunk, metavar="N",
+                        help="prompt tokens per forward pass; fewer take less memory (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
     parser.add_argument("--think-budget", type=int, metavar="N",
                         help="close the reasoning after N tokens (default: the model does)")
@@ -489,7 +565,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              "gemm on GPUs with FP8 tensor cores, else dequant")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples"):
+    for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
     if args.think_budget is not None and args.think_budget < 0:
@@ -507,8 +583,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dict], Results]:
-    """Everything that can go wrong before weights are read, in the order of its cost. Rank 0 only."""
+def open_checkpoint(args: argparse.Namespace, ranks: Ranks) -> Checkpoint:
+    """The checkpoint, once its headers have shown that this rank finds all of its tensors there."""
+    checkpoint = Checkpoint(args.ckpt_path, args.config)
+    checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
+    return checkpoint
+
+
+def prepare(args: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, room: float) -> tuple:
+    """What else can go wrong before weights are read. Rank 0 only. Job, Chat, the file's records, Results."""
     if args.output_file and not args.output_file.absolute().parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: there is no folder {args.output_file.parent}")
     if args.output_file and args.output_file.exists() and not args.output_file.is_file():
@@ -518,24 +601,20 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Job, Chat, list[dic
     records = read_prompts(args.input_file) if args.input_file else []
     if args.prompt:
         records = [{"prompt": args.prompt}]
-    checkpoint = Checkpoint(args.ckpt_path, args.config)
-    checkpoint.plan(Transformer(checkpoint.cfg, Runtime(tp=ranks.tp)))
     chat = Chat(Tokenizer(args.ckpt_path))
-    job, results = plan_job(args, checkpoint, chat, records)
+    job, results = plan_job(args, checkpoint, chat, records, ranks, room)
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
     return job, chat, records, results
 
 
-def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> Transformer:
-    """This rank's part of the model, with the cache that the job needs."""
-    checkpoint = Checkpoint(args.ckpt_path, args.config)
-    auto = "float32" if checkpoint.cfg.dtype == "float32" else "bfloat16"
-    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
-    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
-    rt = Runtime(device=ranks.device, dtype=dtype, fp8=fp8, tp=ranks.tp, rows=job.rows,
-                 max_seq_len=job.max_seq_len)
-    return load_model(checkpoint, rt)
+def introduce(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Rank 0 says, if there are several, where each rank runs and what it reads."""
+    file = rank_file(ranks.tp.rank, ranks.tp.size) if checkpoint.manifest else "its part of each file"
+    me = f"{socket.gethostname()}, process {os.getpid()}, {ranks.device}, {file}"
+    for rank, place in enumerate(ranks.gather(me)):
+        if ranks.tp.rank == 0 and ranks.tp.size > 1:
+            print(f"rank {rank} of {ranks.tp.size}: {place}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -543,14 +622,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         ranks = Ranks.start(args.device)
         first = ranks.tp.rank == 0
+        room = min(ranks.gather(memory.free(ranks.device)))
+        checkpoint = ranks.together(lambda: open_checkpoint(args, ranks))
         job, chat, records, results = ranks.together(
-            lambda: prepare(args, ranks) if first else (None, None, [], None))
+            lambda: prepare(args, checkpoint, ranks, room) if first else (None, None, [], None))
         job = ranks.share(job)
-        model = ranks.together(lambda: load(args, job, ranks))
+        introduce(checkpoint, ranks)
+        rt = runtime(args, checkpoint.cfg, ranks, job.rows, job.max_seq_len)
+        model = ranks.together(lambda: load_model(checkpoint, rt))
     except (ValueError, OSError) as error:
         return fail(error)
     if chat:
-        rt = model.rt
         print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
     try:
@@ -587,7 +669,8 @@ def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation 
 
 
 def fail(error: Exception) -> int:
-    if int(os.environ.get("RANK", 0)) == 0:             # all ranks know of it; one says it
+    alone = not dist.is_initialized()                   # else all ranks know of it, and one says it
+    if alone or int(os.environ.get("RANK", 0)) == 0:
         print(f"generate.py: error: {error}", file=sys.stderr)
     return 2
 
@@ -599,6 +682,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it
+            raise
+        print(f"generate.py: error: rank {os.environ.get('RANK')} lost another rank: {str(error)[:200]}",
+              file=sys.stderr)          # torchrun's report names the one that died
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()        # a process that exits with gloo's threads running is aborted

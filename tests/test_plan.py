@@ -23,15 +23,17 @@ import plan  # noqa: E402
 R1 = ROOT / "config_671B.json"
 
 
-@pytest.mark.parametrize("name", ["moe", "fp8", "dense", "tied"])
+@pytest.mark.parametrize("name", ["moe", "fp8", "fp8 as bf16", "dense", "tied"])
 def test_weights_and_cache_are_those_of_the_loaded_model(name, tmp_path):
     config = {"dense": tiny.qwen2, "tied": tiny.llama}.get(name, tiny.deepseek)
-    more = {"tied": dict(tie_word_embeddings=True), "fp8": dict(moe_intermediate_size=256)}.get(name, {})
+    more = {"tied": dict(tie_word_embeddings=True), "fp8": dict(moe_intermediate_size=256),
+            "fp8 as bf16": dict(moe_intermediate_size=256)}.get(name, {})
     tiny.write(tmp_path, config(**more))
-    if name == "fp8":
+    if "fp8" in name:
         tiny.quantise(tmp_path)
     for ranks in (1, 2):
-        model = tiny.load(tmp_path, Shard(0, ranks), rows=3, max_seq_len=100, dtype=torch.bfloat16)
+        model = tiny.load(tmp_path, Shard(0, ranks), rows=3, max_seq_len=100, dtype=torch.bfloat16,
+                          fp8="bf16" if name == "fp8 as bf16" else "dequant")
         p = plan.plan(load_config(tmp_path / "config.json"), model.rt)
         own = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}     # a tied head is there once
         assert p.weights == sum(own.values())

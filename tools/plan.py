@@ -2,118 +2,22 @@
 
     python tools/plan.py --config config_671B.json --gpus 8 --gpu-gib 141 --batch 8 --seq 32768
 
-No weights are needed: the model is built without memory, and its tensors are counted. Weights and cache are
-exact to the byte; activations are an upper bound on what one prefill chunk holds at once.
+No weights are needed; memory.py says what is counted, and how exactly.
 """
 import argparse
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernel  # noqa: E402
 from convert import Parser, load_config  # noqa: E402
-from model import DTYPES, Cache, Config, Runtime, Shard, Transformer  # noqa: E402
-
-GIB = 2 ** 30
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Bytes on one of `gpus` ranks."""
-    weights: int
-    cache: int                  # of all rows at full length
-    cache_per_token: int        # of one row
-    activations: int
-    step: int                   # read from memory to decode one token in every row
-
-
-def plan(cfg: Config, rt: Runtime) -> Plan:
-    """Count what one rank holds and reads; rt gives ranks, dtype, rows, max_seq_len and prefill_chunk."""
-    rt = replace(rt, device=torch.device("meta"))
-    model, cache = Transformer(cfg, rt), Cache.allocate(cfg, rt)
-    tensors = dict(model.state_dict())
-    tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
-    weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
-    held = sum(buffer.nbytes for layer in cache.layers for buffer in layer)
-    matrices = [t for name, t in tensors.items() if t.dtype == kernel.FP8 and "wkv_b" not in name]
-    converted = max((t.shape[-2] * t.shape[-1] for t in matrices), default=0) * rt.dtype.itemsize   # one a time
-    return Plan(weights, held, cache.bytes_per_token(), converted + activations(model, rt),
-                held + sum(read_bytes(name, t, cfg, rt) for name, t in tensors.items()))
-
-
-def stored_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int:
-    """As loaded: MLA's wkv_b is kept dequantised, everything else as the model declares it."""
-    if cfg.fp8 and "wkv_b" in name:
-        return 0 if name.endswith("scale") else tensor.numel() * rt.dtype.itemsize
-    return tensor.nbytes
-
-
-def read_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int:
-    """What a step reads of a tensor: of the embedding a row a token, of the experts those that are hit.
-
-    With B tokens that choose k of e experts evenly, e * (1 - (1 - k/e)^B) are hit on average.
-    """
-    if name == "embed.weight" and not cfg.tie_embeddings:
-        return rt.rows * tensor[0].nbytes
-    if ".experts." in name:
-        e, k = cfg.moe.n_routed_experts, cfg.moe.n_activated_experts
-        return int(tensor.nbytes * (1 - (1 - k / e) ** rt.rows))
-    return stored_bytes(name, tensor, cfg, rt)
-
-
-def activations(model: Transformer, rt: Runtime) -> int:
-    """Upper bound for a prefill chunk of s tokens that sees t slots: attention or feed-forward, the larger.
-
-    Counts every tensor of a sublayer as alive at once, next to the residual stream and the mask.
-    """
-    cfg = model.cfg
-    s, t, ranks, size = min(rt.prefill_chunk, rt.max_seq_len), rt.max_seq_len, rt.tp.size, rt.dtype.itemsize
-    heads = cfg.n_heads // ranks
-    if cfg.mla:
-        a = cfg.mla
-        qk = a.qk_nope_head_dim + a.qk_rope_head_dim
-        attention = s * heads * (3 * qk + 2 * a.v_head_dim)
-        attention += t * heads * (qk + a.qk_nope_head_dim + a.v_head_dim)
-        attention += s * ((a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim))
-        queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
-        attention = max(attention, 3 * queries * heads * t * 4 // size)
-    else:
-        attention = s * cfg.gqa.head_dim * (4 * heads + 4 * cfg.gqa.n_kv_heads // ranks)
-    inner = cfg.inter_dim if not cfg.moe else max(
-        cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
-    feed_forward = 3 * s * inner // ranks
-    if cfg.moe:                                                 # every choice's output, weighted in fp32
-        feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
-    stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
-    logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
-    return max(attention, feed_forward) * size + stream + s * t + logits
-
-
-def largest(rt: Runtime, cfg: Config, room: int) -> tuple[int, int]:
-    """The most rows at this length, and the longest context at these rows, that take `room` bytes or less."""
-    def fits(rows: int, seq: int) -> bool:
-        p = plan(cfg, replace(rt, rows=rows, max_seq_len=seq))
-        return p.weights + p.cache + p.activations <= room
-
-    def search(good, top: int) -> int:                          # the largest n <= top with good(n), or 0
-        low, high = 0, top + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if good(middle) else (low, middle)
-        return low
-
-    rows = search(lambda rows: fits(rows, rt.max_seq_len), 4096)
-    return rows, search(lambda seq: fits(rt.rows, seq), cfg.context_len)
+from memory import GIB, largest, plan  # noqa: E402
+from model import DTYPES, Config, Runtime, Shard  # noqa: E402
 
 
 def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
            bandwidth: float | None) -> tuple[str, bool]:
     """The text, and whether it fits."""
     p, room = plan(cfg, rt), int((gpu_gib - reserve_gib) * GIB)
-    need = p.weights + p.cache + p.activations
     rows, seq = largest(rt, cfg, room)
     lines = [f"{rt.tp.size} x {gpu_gib:g} GiB, {rt.rows} rows of {rt.max_seq_len:,} tokens, per GPU:", "",
              f"  weights      {p.weights / GIB:9.2f} GiB   {p.weights:,} bytes",
@@ -121,8 +25,8 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
              "  activations  "
              f"{p.activations / GIB:9.2f} GiB   at most, chunks of {rt.prefill_chunk:,} tokens",
              f"  reserved     {reserve_gib:9.2f} GiB   for the driver, NCCL and fragmentation",
-             f"  needed       {need / GIB + reserve_gib:9.2f} GiB   of {gpu_gib:g}: "
-             f"{'fits' if need <= room else 'DOES NOT FIT'}", "",
+             f"  needed       {p.total / GIB + reserve_gib:9.2f} GiB   of {gpu_gib:g}: "
+             f"{'fits' if p.total <= room else 'DOES NOT FIT'}", "",
              f"  largest batch at this length:  {rows or 'none'}{' or more' if rows == 4096 else ''}",
              f"  longest context at this batch: {f'{seq:,}' if seq else 'none'} of {cfg.context_len:,}",
              f"  legal numbers of ranks:        {', '.join(map(str, cfg.legal_ranks()))}",
@@ -131,7 +35,7 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
         seconds = p.step / (bandwidth * 1e9)
         lines.append(f"  at {bandwidth:,.0f} GB/s that takes:  {1e3 * seconds:12.2f} ms, so at most "
                      f"{1 / seconds:,.1f} steps/s, {rt.rows / seconds:,.1f} tokens/s")
-    return "\n".join(lines), need <= room
+    return "\n".join(lines), p.total <= room
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,144 @@
+"""Memory, counted before it is needed: what one rank holds, and what its machine has left for it.
+
+No weights are needed: the model is built without memory, and its tensors are counted. Weights and cache are
+exact to the byte; activations are an upper bound on what one prefill chunk holds at once. generate.py refuses
+with this what cannot fit; tools/plan.py prints it.
+"""
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import kernel
+from model import Cache, Config, Runtime, Transformer
+
+GIB = 2 ** 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one of `gpus` ranks."""
+    weights: int
+    cache: int                  # of all rows at full length
+    cache_per_token: int        # of one row
+    activations: int
+    step: int                   # read from memory to decode one token in every row
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+    def __str__(self) -> str:
+        weights, cache, activations = self.weights / GIB, self.cache / GIB, self.activations / GIB
+        return (f"{self.total / GIB:.2f} GiB (weights {weights:.2f}, cache {cache:.2f}, "
+                f"activations {activations:.2f})")
+
+
+def plan(cfg: Config, rt: Runtime) -> Plan:
+    """Count what one rank holds and reads; rt gives ranks, dtype, rows, max_seq_len and prefill_chunk."""
+    rt = replace(rt, device=torch.device("meta"))
+    model, cache = Transformer(cfg, rt), Cache.allocate(cfg, rt)
+    tensors = dict(model.state_dict())
+    tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
+    weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
+    held = sum(buffer.nbytes for layer in cache.layers for buffer in layer)
+    matrices = [t for name, t in tensors.items()                # kept as FP8, and converted one at a time
+                if t.dtype == kernel.FP8 and stored_bytes(name, t, cfg, rt) == t.nbytes]
+    converted = rt.dtype.itemsize * max((t.shape[-2] * t.shape[-1] for t in matrices), default=0)
+    return Plan(weights, held, cache.bytes_per_token(), converted + activations(model, rt),
+                held + sum(read_bytes(name, t, cfg, rt) for name, t in tensors.items()))
+
+
+def stored_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int:
+    """As loaded: MLA's wkv_b, and with rt.fp8 "bf16" every matrix, dequantised; the rest as declared."""
+    if cfg.fp8 and ("wkv_b" in name or rt.fp8 == "bf16"):
+        if name.endswith(".scale"):
+            return 0
+        if tensor.dtype == kernel.FP8:
+            return tensor.numel() * rt.dtype.itemsize
+    return tensor.nbytes
+
+
+def read_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int:
+    """What a step reads of a tensor: of the embedding a row a token, of the experts those that are hit.
+
+    With B tokens that choose k of e experts evenly, e * (1 - (1 - k/e)^B) are hit on average.
+    """
+    if name == "embed.weight" and not cfg.tie_embeddings:
+        return rt.rows * tensor[0].nbytes
+    if ".experts." in name:
+        e, k = cfg.moe.n_routed_experts, cfg.moe.n_activated_experts
+        return int(stored_bytes(name, tensor, cfg, rt) * (1 - (1 - k / e) ** rt.rows))
+    return stored_bytes(name, tensor, cfg, rt)
+
+
+def activations(model: Transformer, rt: Runtime) -> int:
+    """Upper bound for a prefill chunk of s tokens that sees t slots: attention or feed-forward, the larger.
+
+    Counts every tensor of a sublayer as alive at once, next to the residual stream and the mask.
+    """
+    cfg = model.cfg
+    s, t, ranks, size = min(rt.prefill_chunk, rt.max_seq_len), rt.max_seq_len, rt.tp.size, rt.dtype.itemsize
+    heads = cfg.n_heads // ranks
+    if cfg.mla:
+        a = cfg.mla
+        qk = a.qk_nope_head_dim + a.qk_rope_head_dim
+        attention = s * heads * (3 * qk + 2 * a.v_head_dim)
+        attention += t * heads * (qk + a.qk_nope_head_dim + a.v_head_dim)
+        attention += s * ((a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim))
+        queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
+        attention = max(attention, 3 * queries * heads * t * 4 // size)
+    else:
+        attention = s * cfg.gqa.head_dim * (4 * heads + 4 * cfg.gqa.n_kv_heads // ranks)
+    inner = cfg.inter_dim if not cfg.moe else max(
+        cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
+    feed_forward = 3 * s * inner // ranks
+    if cfg.moe:                                                 # every choice's output, weighted in fp32
+        feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
+    stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
+    mask = s * t * (1 + size)                                   # of bools, and torch's copy as numbers to add
+    logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
+    return max(attention, feed_forward) * size + stream + mask + logits
+
+
+def largest(rt: Runtime, cfg: Config, room: int) -> tuple[int, int]:
+    """The most rows at this length, and the longest context at these rows, that take `room` bytes or less."""
+    def fits(rows: int, seq: int) -> bool:
+        return plan(cfg, replace(rt, rows=rows, max_seq_len=seq)).total <= room
+
+    def search(good, top: int) -> int:                          # the largest n <= top with good(n), or 0
+        low, high = 0, top + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if good(middle) else (low, middle)
+        return low
+
+    rows = search(lambda rows: fits(rows, rt.max_seq_len), 4096)
+    return rows, search(lambda seq: fits(rt.rows, seq), cfg.context_len)
+
+
+def free(device: torch.device, root: Path = Path("/")) -> float:
+    """Bytes that this rank may still take; infinite where the system does not say (no Linux, no GPU).
+
+    On CPUs what Linux calls available, or what the container's limit (cgroup v2 or v1) leaves if that is
+    less; the ranks of one machine share it. Pages of files do not count as taken: they are given back.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    groups, room = root / "sys/fs/cgroup", math.inf
+    if (info := root / "proc/meminfo").exists():
+        room = 1024 * numbers(info)["MemAvailable:"]
+    for folder, limit, used in ((groups, "memory.max", "memory.current"),
+                                (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        if (folder / limit).exists() and (text := (folder / limit).read_text()).strip() != "max":
+            stat = numbers(folder / "memory.stat")
+            files = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+            room = min(room, int(text) - int((folder / used).read_text()) + files)
+    return room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def numbers(path: Path) -> dict[str, int]:
+    """The first number of each line, by its first word."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if (words := line.split())}
