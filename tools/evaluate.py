@@ -255,6 +255,8 @@ def read_question(name: str, row: dict, number: int, where: str) -> Question:
 
 
 def run(args: argparse.Namespace) -> None:
+    if (out := args.out / "completions.jsonl").exists():
+        raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
     if args.api:
         plan = read_gradable(args)
         results, wanted = begin(args, plan, {"engine": "api", "model": args.model, "thinking": True})
@@ -324,10 +326,8 @@ def begin(args: argparse.Namespace, plan: Protocol, engine: dict) -> tuple[Resul
             "max_new_tokens": max_new_tokens(args), "seed": args.seed, "code sha256": sha256(code),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}
-    out = args.out / "completions.jsonl"
-    if out.exists():
-        raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
     args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / "completions.jsonl"
     results = Results(out, made, args.resume)
     write_json(out.with_name("run.json"), made)
     return results, [pair for pair in plan.wanted() if pair not in results.records]
@@ -617,7 +617,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sub.set_defaults(work=work)
         return sub
 
-    sub = command("run", "Sample and grade.", run, 64)
+    run_flags(command("run", "Sample and grade.", run, 64))
+    sub = command("grade", "Grade completions of any engine.", grade, None, "default: beside the completions")
+    sub.add_argument("--model", metavar="NAME", help="as `report` calls it, if no run.json lies beside")
+    text = "LiveCodeBench's completions to programs; none is executed."
+    for sub in (sub, command("import", text, import_codes, 16)):
+        sub.add_argument("--completions", type=Path, required=True, metavar="FILE",
+                         help="JSON lines with index, text, and sample (default: counted)")
+    command("export", "Write the prompts of a task.", export, 64)
+    sub = commands.add_parser("report", help="A table beside published figures, and a plot.")
+    sub.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="with results.json")
+    sub.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="(%(default)s)")
+    sub.set_defaults(work=report)
+    args = parser.parse_args(argv)
+    check(args, parser)
+    return args
+
+
+def run_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.6, help="(%(default)s)")
@@ -633,21 +650,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--model", metavar="NAME", help="as the server, and `report`, calls it")
     sub.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
     sub.add_argument("--timeout", type=float, default=3600, help="seconds for a request (%(default)s)")
-    for name, text, work, k, out in (
-            ("grade", "Grade completions of any engine.", grade, None, "default: beside the completions"),
-            ("import", "LiveCodeBench's completions to programs; none is executed.", import_codes, 16, "")):
-        sub = command(name, text, work, k, out)
-        sub.add_argument("--completions", type=Path, required=True, metavar="FILE",
-                         help="JSON lines with index, text, and sample (default: counted)")
-        sub.add_argument("--model", metavar="NAME", help="as `report` calls it, if no run.json lies beside")
-    command("export", "Write the prompts of a task.", export, 64)
-    sub = commands.add_parser("report", help="A table beside published figures, and a plot.")
-    sub.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="with results.json")
-    sub.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="(%(default)s)")
-    sub.set_defaults(work=report)
-    args = parser.parse_args(argv)
-    check(args, parser)
-    return args
 
 
 def check(args: argparse.Namespace, parser: Parser) -> None:
