@@ -1,0 +1,695 @@
+"""R1's evaluation protocol: sample k answers to each question, grade them, report pass@1 with its errors.
+
+    python tools/evaluate.py run --task demo --k 16 --out DIR               the demo on its own task, offline
+    python tools/evaluate.py run --task aime24 --data FILE --ckpt-path R1-7B --out DIR     (or by torchrun)
+    python tools/evaluate.py run --task aime24 --data FILE --api URL --model NAME --out DIR
+    python tools/evaluate.py grade --task aime24 --data FILE --completions FILE.jsonl --out DIR
+    python tools/evaluate.py report DIR... --out REPORT                     beside the published figures
+    python tools/evaluate.py export --task livecodebench --data FILE --out prompts.jsonl
+    python tools/evaluate.py import --task livecodebench --data FILE --completions FILE.jsonl --out codes.json
+
+Data files have the layout in which each set is published, as JSONL, CSV or parquet; nothing is fetched. No
+generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are what R1's
+report fixes: temperature 0.6, top-p 0.95, 32,768 tokens, 64 samples, no system prompt. Its prompts for
+mathematics are not published, so ours have names. How answers are graded is in grading.py. Times and dates
+stay out of all files: the same seed gives the same bytes.
+"""
+import argparse
+import csv
+import hashlib
+import http.client
+import json
+import os
+import platform
+import queue
+import random
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import demo_task  # noqa: E402
+import grading  # noqa: E402
+import kernel  # noqa: E402
+from batch import Results, run_batch, write_file  # noqa: E402
+from chat import BOXED, Chat, Tokenizer  # noqa: E402
+from convert import COMPANIONS, Checkpoint, Parser, load_model  # noqa: E402
+from generate import Ranks, Sampling, generate  # noqa: E402
+from model import DTYPES, Runtime, Transformer  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Tasks and prompts
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark and the columns of its published layout."""
+    kind: str                           # how it is graded: exact, integer, math, choice (grading.py); code
+    prompt: str                         # default of PROMPTS
+    source: str
+    question: str = ""
+    gold: str = ""
+    id: str = ""                        # "": the row's number
+    more: tuple[str, ...] = ()          # columns that tell this layout from the others
+    max_new_tokens: int = 32_768        # R1's own limit
+
+
+WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+TASKS = {
+    "demo": Task("exact", "bare", "tools/demo_task.py", max_new_tokens=1000),
+    "aime24": Task("integer", "boxed", "HuggingFaceH4/aime_2024", "problem", "answer", "id", ("url", "year")),
+    "math500": Task("math", "boxed", "HuggingFaceH4/MATH-500", "problem", "answer", "unique_id",
+                    ("solution",)),
+    "gpqa": Task("choice", "simple-evals", "gpqa_diamond of Idavidrein/gpqa", "Question", "Correct Answer",
+                 more=WRONG),
+    "livecodebench": Task("code", "livecodebench", "livecodebench/code_generation_lite", "question_content",
+                          id="question_id", more=("starter_code", "contest_date"))}
+WINDOW = "2024-08-01", "2025-01-31"     # contest_date of LiveCodeBench's problems in R1's report
+PROMPTS = {
+    "bare": "{question}",
+    "boxed": "{question}\n" + BOXED,    # R1's README
+    "lighteval":
+        "Solve the following math problem efficiently and clearly. The last line of your response should be "
+        "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
+        "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think "
+        "step by step before answering.\n\n{question}",
+    "simple-evals":
+        "Answer the following multiple choice question. The last line of your response should be of the "
+        "following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by "
+        "step before answering.\n\n{question}",
+    "livecodebench":
+        "You will be given a question (problem specification) and will generate a correct Python program "
+        "that matches the specification and passes all tests.\n\n### Question:\n{question}\n\n### Answer: "
+        "(use the provided format with backticks)\n\n"}
+CODE = "{text}\n\n### Format: {how}\n```python\n{starter}\n```"
+WITH_STARTER = ("You will use the following starter code to write the solution to the problem and enclose "
+                "your code within delimiters.")
+WITHOUT = ("Read the inputs from stdin solve the problem and write the answer to stdout (do not directly "
+           "test on the sample inputs). Enclose your code within delimiters as follows. Ensure that when the "
+           "python program runs, it reads the inputs, runs the algorithm and writes output to STDOUT.")
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    text: str
+    gold: str = ""
+    options: tuple[str, ...] = ()       # of a multiple choice, as published: the right one first
+
+    def order(self, sample: int) -> list[int]:
+        """Which option stands at A, B, C, D in a sample's prompt: by a hash, so the same everywhere."""
+        return sorted(range(len(self.options)), key=lambda option: sha256(f"{sample} {option} {self.text}"))
+
+    def prompt(self, template: str, sample: int) -> str:
+        options = "\n".join(f"{letter}) {self.options[i]}" for letter, i in zip("ABCD", self.order(sample)))
+        return template.replace("{question}", self.text + ("\n\n" + options if options else ""))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is asked, how, and how often. Completions carry generate()'s index of a prompt, and sample."""
+    task: str
+    questions: list[Question]
+    prompt: str                         # key of PROMPTS
+    k: int
+
+    @property
+    def kind(self) -> str:
+        return TASKS[self.task].kind
+
+    def prompts(self) -> list[str]:
+        """One a question; of a multiple choice k, because each sample sees another order of the options."""
+        samples = range(self.k if self.kind == "choice" else 1)
+        return [q.prompt(PROMPTS[self.prompt], sample) for q in self.questions for sample in samples]
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """(index of the prompt, sample number), k for each question in turn."""
+        samples = range(1 if self.kind == "choice" else self.k)
+        return [(i, sample) for i in range(len(self.prompts())) for sample in samples]
+
+    def describe(self) -> dict:
+        questions = json.dumps([[q.id, q.text, q.gold, *q.options] for q in self.questions])
+        template = PROMPTS[self.prompt]
+        return {"task": self.task, "questions": len(self.questions), "k": self.k, "prompt": self.prompt,
+                "template": template, "template sha256": sha256(template), "data sha256": sha256(questions)}
+
+
+def sha256(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def read_protocol(args: argparse.Namespace) -> Protocol:
+    """The task's questions, from a data file or the demo's generator. ValueError names file and row."""
+    name, path = (args.task, args.data) if args.task in TASKS else ("", Path(args.task))
+    if name == "demo":
+        questions = demo_questions(args.limit or 100)
+    elif path is None:
+        raise ValueError(f"--task {name} needs --data FILE: {TASKS[name].source}, as published, in JSONL, "
+                         "CSV or parquet; nothing is downloaded")
+    elif not name and not path.is_file():
+        raise ValueError(f"--task {path}: neither a file nor one of {', '.join(TASKS)}")
+    else:
+        rows = read_rows(path)
+        name = name or recognise(path, rows[0])
+        numbered = [(n, row) for n, row in enumerate(rows, 1) if name != "livecodebench"
+                    or WINDOW[0] <= str(row.get("contest_date"))[:10] <= WINDOW[1]]
+        questions = [read_question(name, row, n, f"{path}, row {n}") for n, row in numbered]
+        if not questions:
+            raise ValueError(f"{path}: no row has a contest_date from {WINDOW[0]} to {WINDOW[1]}")
+    return Protocol(name, questions[:args.limit], args.prompt or TASKS[name].prompt, args.k)
+
+
+def read_gradable(args: argparse.Namespace) -> Protocol:
+    if (plan := read_protocol(args)).kind == "code":
+        raise ValueError(f"{plan.task}: grading executes generated code, which this tool does not do; use "
+                         "`export`, any engine, `import` and LiveCodeBench's own grader")
+    return plan
+
+
+def demo_questions(n: int) -> list[Question]:
+    """The first n different held-out problems of the demo's task, mixed as in its training."""
+    rng, found = random.Random("evaluate"), {}
+    while len(found) < n:
+        problem = demo_task.make(rng, heldout=True)
+        found.setdefault(problem.question, problem.answer)
+    return [Question(str(i), text, answer) for i, (text, answer) in enumerate(found.items(), 1)]
+
+
+def read_rows(path: Path) -> list[dict]:
+    if path.suffix == ".csv":
+        try:
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except ImportError:
+            raise ValueError(f"{path}: parquet needs `pip install pyarrow`; or convert it to JSONL") from None
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: not a parquet file: {error}") from None
+    else:
+        rows = read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path}: holds no row")
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}") from None
+    return rows
+
+
+def recognise(path: Path, row: dict) -> str:
+    layouts = {name: {t.question, t.gold, t.id, *t.more} - {""} for name, t in TASKS.items() if t.question}
+    for name, columns in layouts.items():
+        if columns <= row.keys():
+            return name
+    known = "; ".join(f"{name} has {', '.join(sorted(columns))}" for name, columns in layouts.items())
+    raise ValueError(f"{path}: columns {', '.join(map(str, row))} are no known layout: {known}")
+
+
+def read_question(name: str, row: dict, number: int, where: str) -> Question:
+    def column(key: str, empty: bool = False) -> str:
+        value = row.get(key)
+        if not isinstance(value, (str, int)) or not (empty or str(value).strip()):
+            raise ValueError(f"{where}: {key!r} is {value!r}; {name} needs a text there")
+        return str(value).strip()
+
+    task = TASKS[name]
+    text, identifier = column(task.question), column(task.id) if task.id else str(number)
+    if task.kind == "code":
+        starter = column("starter_code", empty=True)
+        return Question(identifier, CODE.format(text=text, how=WITH_STARTER if starter else WITHOUT,
+                                                starter=starter or "# YOUR CODE HERE"))
+    gold = column(task.gold)
+    if task.kind == "choice":
+        return Question(identifier, text, "0", (gold, *map(column, WRONG)))
+    if task.kind == "integer" and grading.integer(gold) is None:
+        raise ValueError(f"{where}: {task.gold!r} is {gold!r}; it must be an integer from 0 to 999")
+    if task.kind == "math":             # the gold of lighteval: the box of the solution
+        gold = grading.last_box(column("solution", empty=True)) or gold
+    return Question(identifier, text, gold)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. run: samples from a checkpoint, or from a server
+
+
+def run(args: argparse.Namespace) -> None:
+    if (out := args.out / "completions.jsonl").exists():
+        raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
+    if args.api:
+        plan = read_gradable(args)
+        results, wanted = begin(args, plan, {"engine": "api", "model": args.model, "thinking": True})
+        sample_from_api(args, plan, wanted, results)
+        return grade_file(plan, results.out, args.out)
+    ranks = Ranks.start(args.device)
+    first = ranks.tp.rank == 0
+    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if first else (None,) * 4)
+    runtime, call = ranks.share(call)
+    model = ranks.together(lambda: load_model(
+        Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
+    records = [{"prompt": text} for text in plan.prompts()] if first else []
+    run_batch(generate(model, **call), len(call["wanted"]), chat, records, results)
+    if first:
+        grade_file(plan, results.out, args.out)
+
+
+def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
+    """Rank 0's part before weights are read, and the arguments of Runtime and generate() on all ranks."""
+    plan, checkpoint, chat = read_gradable(args), Checkpoint(args.ckpt_path), Chat(Tokenizer(args.ckpt_path))
+    cfg, most = checkpoint.cfg, max_new_tokens(args)
+    checkpoint.plan(Transformer(cfg, Runtime(tp=ranks.tp)))
+    prompts = [chat.encode([{"role": "user", "content": text}]) for text in plan.prompts()]
+    longest = max(map(len, prompts))
+    if longest + most > cfg.context_len:
+        raise ValueError(f"--max-new-tokens is {most}; after the longest prompt ({longest} tokens) at most "
+                         f"{cfg.context_len - longest} fit into this model's context of {cfg.context_len}")
+    template = chat.render([{"role": "user", "content": "{question}"}])
+    dtype = cfg.dtype if args.dtype == "auto" else args.dtype
+    dtype = "float32" if dtype == "float32" else "bfloat16"
+    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    results, wanted = begin(args, plan, {
+        "engine": "generate.py", "model": args.model or args.ckpt_path.resolve().name,
+        "thinking": chat.thinks(template), "checkpoint sha256": hash_files(checkpoint),
+        "chat template": template, "chat template sha256": sha256(template), "dtype": dtype, "fp8": fp8,
+        "device": device, "ranks": ranks.tp.size, "batch size": args.batch_size})
+    for note in checkpoint.notes:
+        print(note, file=sys.stderr)
+    runtime = dict(dtype=DTYPES[dtype], fp8=fp8, max_seq_len=longest + most,
+                   rows=max(1, min(args.batch_size, len(wanted))))
+    return plan, chat, results, (runtime, dict(
+        prompts=prompts, stop_ids=chat.tokenizer.stop_ids, max_new_tokens=most, wanted=wanted,
+        sampling=Sampling(args.temperature, args.top_p, args.seed), n_tokens=chat.tokenizer.n_tokens))
+
+
+def max_new_tokens(args: argparse.Namespace) -> int:
+    return args.max_new_tokens or (TASKS[args.task] if args.task in TASKS else Task).max_new_tokens
+
+
+def hash_files(checkpoint: Checkpoint) -> str:
+    """SHA-256 over all bytes of weights, config and tokenizer: about a second a gigabyte."""
+    extra = (checkpoint.folder / name for name in ("config.json", *COMPANIONS))
+    digest = hashlib.sha256()
+    files = [*checkpoint.files, *filter(Path.is_file, extra)]
+    for path in tqdm(files, desc="hash", unit="file", leave=False):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def begin(args: argparse.Namespace, plan: Protocol, engine: dict) -> tuple[Results, list[tuple[int, int]]]:
+    """The run's folder and run.json, which says what is made there; results so far, pairs still to sample."""
+    grading.grader_version(plan.kind)       # what grading needs must be there before hours of sampling
+    code = b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))
+    made = {**plan.describe(), **engine, "temperature": args.temperature, "top_p": args.top_p,
+            "max_new_tokens": max_new_tokens(args), "seed": args.seed, "code sha256": sha256(code),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / "completions.jsonl"
+    results = Results(out, made, args.resume)
+    write_json(out.with_name("run.json"), made)
+    return results, [pair for pair in plan.wanted() if pair not in results.records]
+
+
+def write_json(path: Path, value) -> None:
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+TRIES, WAIT = 6, 1.0                    # of a request; seconds before the second, doubled for each later one
+
+
+def sample_from_api(args: argparse.Namespace, plan: Protocol, wanted: list, results: Results) -> None:
+    """Completes `wanted` over args.concurrency connections. An error that tries do not mend ends the run."""
+    prompts, done = plan.prompts(), queue.SimpleQueue()
+    pairs = iter(wanted)                # shared: each thread takes the next
+
+    def work() -> None:
+        for index, sample in pairs:
+            seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
+            try:
+                answer = complete(args, prompts[index], seed)
+                done.put({"index": index, "sample": sample, "prompt": prompts[index], **answer})
+            except ValueError as error:
+                return done.put(error)
+
+    results.open()
+    for _ in range(args.concurrency):
+        threading.Thread(target=work, daemon=True).start()      # daemons do not outlive an interruption
+    for _ in tqdm(range(len(wanted)), desc="sample", unit="sample"):
+        if isinstance(record := done.get(), ValueError):
+            wanted.clear()              # the other threads find no next one
+            raise record
+        results.add(record)
+    results.finish()
+
+
+def complete(args: argparse.Namespace, prompt: str, seed: int) -> dict:
+    """Text and finish_reason from an OpenAI-compatible server. ValueError after the last try."""
+    url = args.api.rstrip("/") + "/chat/completions"
+    body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
+            "temperature": args.temperature, "top_p": args.top_p, "max_tokens": max_new_tokens(args)}
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    for tries in range(1, TRIES + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=args.timeout) as reply:
+                return read_reply(reply.read())
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace').strip()!r}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = str(error) or type(error).__name__
+        time.sleep(WAIT * 2 ** (tries - 1) if tries < TRIES else 0)
+    raise ValueError(f"{url}: {problem} (try {tries}); --resume goes on from what is done")
+
+
+def read_reply(reply: bytes) -> dict:
+    """A server that splits reasoning off gets it back in front, so that one rule grades all engines."""
+    try:
+        choice = json.loads(reply)["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or ""
+        if reasoning := message.get("reasoning_content") or message.get("reasoning"):   # vLLM: old, new
+            text = f"{reasoning}\n{grading.END_THINK}\n\n{text}" if text else reasoning
+        text = text.encode(errors="replace").decode()       # half of a surrogate pair could not be written
+        return {"text": text, "finish_reason": choice.get("finish_reason")}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"not a chat completion: {reply[:200]!r}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. grade, export, import
+
+
+def read_object(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a JSON object: {error}") from None
+
+
+def read_run(completions: Path) -> dict:
+    """run.json beside completions that `run` made; beside those of another engine there is none: {}."""
+    path = completions.with_name("run.json")
+    return read_object(path) if path.exists() else {}
+
+
+def grade(args: argparse.Namespace) -> None:
+    made = read_run(args.completions)
+    args.k, args.prompt = args.k or made.get("k", 64), args.prompt or made.get("prompt")
+    args.limit = args.limit or made.get("questions")
+    plan = read_gradable(args)
+    for key, value in plan.describe().items():
+        if made.get(key, value) != value:
+            raise ValueError(f"{args.completions}: made with {key} {made[key]!r}, not {value!r}")
+    grade_file(plan, args.completions, args.out or args.completions.parent, args.model)
+
+
+def read_completions(path: Path, plan: Protocol) -> list[dict]:
+    """Completions in the order of plan.wanted(). ValueError: one missing, there twice, of another prompt."""
+    prompts, wanted, rows, seen = plan.prompts(), plan.wanted(), {}, Counter()
+    legal = set(wanted)
+    for number, row in enumerate(read_jsonl(path), 1):
+        where, index = f"{path}, line {number}", row.get("index")
+        pair = index, row.get("sample", seen[str(index)])
+        seen[str(index)] += 1
+        if [*map(type, (*pair, row.get("text")))] != [int, int, str]:
+            raise ValueError(f"{where}: needs 'index', the prompt's line in `export`, from 0, and 'text', "
+                             "all that was generated; 'sample', from 0, is counted if it is left out")
+        if pair in rows or pair not in legal:
+            problem = "there twice" if pair in rows else f"not among {len(plan.questions)} x {plan.k}"
+            raise ValueError(f"{where}: index {index}, sample {pair[1]!r} is {problem} (--limit, --k)")
+        if row.get("prompt", prompts[index]) != prompts[index]:
+            raise ValueError(f"{where}: 'prompt' is not what --task, --data and --prompt {plan.prompt} make")
+        rows[pair] = row
+    if missing := [pair for pair in wanted if pair not in rows]:
+        raise ValueError(f"{path}: {len(rows)} of {len(wanted)} samples; the first that lacks is index "
+                         f"{missing[0][0]}, sample {missing[0][1]}; --k {plan.k} with fewer is refused")
+    return [rows[pair] for pair in wanted]
+
+
+def grade_file(plan: Protocol, completions: Path, out: Path, model: str | None = None) -> None:
+    """Writes grades.jsonl, a line a sample, and results.json; a summary goes to standard error."""
+    made, rows, k = read_run(completions), read_completions(completions, plan), plan.k
+    version, verifier = grading.grader_version(plan.kind), grading.MathVerifier()
+    grades, labels, questions = [], [], []
+    for i, question in enumerate(tqdm(plan.questions, desc="grade", unit="question")):
+        of = [grade_sample(plan.kind, question, sample, row["text"], made.get("thinking", True))
+              for sample, row in enumerate(rows[i * k:(i + 1) * k])]
+        labels.append(grading.classes([g["answer"] for g in of], question.gold,
+                                      lambda gold, answer: grading.same(plan.kind, gold, answer, verifier)))
+        grades += [{**g, "class": label, "correct": label == 0} for g, label in zip(of, labels[-1])]
+        questions.append({"id": question.id, "gold": question.gold, "right": labels[-1].count(0),
+                          "answered": k - labels[-1].count(None), "vote": grading.vote(labels[-1])})
+    verifier.close()
+    how = Counter(grade["how"] for grade in grades)
+    reasons = Counter(str(row.get("finish_reason")) for row in rows)
+    results = {"model": made.get("model", model), "protocol": plan.describe(), "run": made or None,
+               "completions sha256": sha256(completions.read_bytes()), "grader": version,
+               "scores": grading.scores(labels),
+               **{name: how[name] / len(grades) for name in ("truncated", "unanswered", "fallback")},
+               "mixed": sum(grade["mixed"] for grade in grades) / len(grades),
+               "grader time-outs": verifier.timeouts, "finish reasons": dict(sorted(reasons.items())),
+               "questions": questions}
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "grades.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in grades))
+    write_json(out / "results.json", results)
+    print(table([row_of(results)]), file=sys.stderr)
+
+
+def grade_sample(kind: str, question: Question, sample: int, text: str, thinks: bool) -> dict:
+    """What one sample says by itself. A letter becomes the number of the option that stood there."""
+    answer, how = grading.extract(kind, text, thinks)
+    chosen = {}
+    if kind == "choice":
+        chosen = {"letter": answer, "order": question.order(sample)}
+        answer = answer and str(chosen["order"]["ABCD".index(answer)])
+    mixed = grading.mixed(question.text + "".join(question.options), text)
+    return {"id": question.id, "sample": sample, **chosen, "answer": answer, "how": how, "mixed": mixed}
+
+
+def export(args: argparse.Namespace) -> None:
+    """Prompts as JSON lines that generate.py, or any engine, completes."""
+    plan = read_protocol(args)
+    prompts = plan.prompts()
+    write_file(args.out, "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in prompts))
+    times = len(plan.wanted()) // len(prompts)
+    print(f"{args.out}: {len(prompts)} prompts, each to be completed {times} times", file=sys.stderr)
+
+
+def import_codes(args: argparse.Namespace) -> None:
+    """Writes what lcb_runner.runner.custom_evaluator reads: k programs a problem, in question_id's order.
+
+    A program is the last fenced block after the last </think>. Nothing is executed.
+    """
+    plan = read_protocol(args)
+    if plan.kind != "code":
+        raise ValueError(f"`import` is for livecodebench; completions of {plan.task} go to `grade`")
+    answers = [grading.after_thinking(row["text"]) for row in read_completions(args.completions, plan)]
+    fenced = re.compile(r"^```[^\n`]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    codes = [["", *fenced.findall(answer or "")][-1] for answer in answers]
+    by_id = sorted((q.id, codes[i * plan.k:(i + 1) * plan.k]) for i, q in enumerate(plan.questions))
+    write_json(args.out, [programs for _, programs in by_id])
+    print(f"{args.out}: {len(by_id)} problems x {plan.k} samples; of these truncated {answers.count(None)}, "
+          f"without code {codes.count('') - answers.count(None)}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. report
+
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+NOTES = """
+In per cent. Rerun error: standard error of sampling the same questions again. Question error: of other
+questions from the same source; it does not fall with k. A vote counts classes of equal answers; samples
+without an answer do not vote; a tie counts as the chance of the right class.
+
+Published: {source}. open-r1: {rerun}.
+"""
+
+
+def row_of(results: dict) -> dict:
+    """What the report says of one results.json, in per cent; None where there is no such figure."""
+    asked, scores = results["protocol"], results["scores"]
+    name, cons = str(results["model"]).rpartition("/")[2].lower(), f"cons@{asked['k']}"
+    known = {model.lower(): tasks for model, tasks in PUBLISHED["models"].items()}
+    published = known.get(name, {}).get(asked["task"], {})
+
+    def percent(source: dict, *keys: str) -> dict:
+        return {key: None if source[key] is None else 100 * source[key] for key in keys}
+
+    return {"model": results["model"], **{key: asked[key] for key in ("task", "prompt", "questions", "k")},
+            **percent(scores, "pass@1", "rerun error", "question error"),
+            "published": published.get("pass@1"), "open-r1": published.get("open-r1"),
+            "cons@k": 100 * scores[cons], "published cons@64": published.get("cons@64"),
+            **percent(results, "truncated", "unanswered", "mixed")}
+
+
+def table(rows: list[dict]) -> str:
+    def cell(key: str, value) -> str:
+        digits = 2 if "error" in key else 1
+        return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(args: argparse.Namespace) -> None:
+    rows = []
+    for folder in args.dirs:
+        try:
+            rows.append(row_of(read_object(folder / "results.json")))
+        except (KeyError, TypeError):
+            raise ValueError(f"{folder / 'results.json'}: not made by this program") from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = table(rows) + "\n" + NOTES.format(**PUBLISHED)
+    print(text, end="")
+    write_file(args.out / "report.md", text)
+    write_json(args.out / "report.json", rows)
+    plot(rows, args.out / "report.png")
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """pass@1 with its errors, rerun thick and question thin, beside what is published."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def column(key: str) -> list[float]:
+        return [np.nan if row[key] is None else row[key] for row in rows]
+
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(rows)), layout="constrained")
+    y = range(len(rows))
+    for key, width in (("question error", 1), ("rerun error", 4)):
+        axes.errorbar(column("pass@1"), y, xerr=column(key), fmt="o", color="C0", linewidth=width, label=key)
+    axes.plot(column("published"), y, "D", color="C1", label="published")
+    axes.plot(column("open-r1"), y, "x", color="C2", label="open-r1")
+    axes.set_yticks(y, [f"{row['model']}\n{row['task']}, {row['questions']} x {row['k']}" for row in rows])
+    axes.set(xlabel="pass@1, per cent", ylim=(len(rows) - 0.5, -0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    draft = path.with_name(path.name + ".part")
+    pyplot.savefig(draft, format="png", dpi=120)
+    os.replace(draft, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="R1's evaluation protocol: sample, grade, report.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, work, k: int | None, out: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--task", required=True, metavar="NAME_OR_FILE",
+                         help=f"{', '.join(TASKS)}, or a data file in the layout of one of them")
+        sub.add_argument("--data", type=Path, metavar="FILE", help="JSONL, CSV or parquet, as published")
+        sub.add_argument("--prompt", choices=PROMPTS, help="default: " + ", ".join(
+            f"{task.prompt} ({name})" for name, task in TASKS.items()))
+        sub.add_argument("--k", type=int, default=k, help=f"samples a question ({k or 'as run, or 64'})")
+        sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (all; demo: 100)")
+        sub.add_argument("--out", type=Path, required=not out, help=out or "where the results go")
+        sub.set_defaults(work=work)
+        return sub
+
+    run_flags(command("run", "Sample and grade.", run, 64))
+    sub = command("grade", "Grade completions of any engine.", grade, None, "default: beside the completions")
+    sub.add_argument("--model", metavar="NAME", help="as `report` calls it, if no run.json lies beside")
+    text = "LiveCodeBench's completions to programs; none is executed."
+    for sub in (sub, command("import", text, import_codes, 16)):
+        sub.add_argument("--completions", type=Path, required=True, metavar="FILE",
+                         help="JSON lines with index, text, and sample (default: counted)")
+    command("export", "Write the prompts of a task.", export, 64)
+    sub = commands.add_parser("report", help="A table beside published figures, and a plot.")
+    sub.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="with results.json")
+    sub.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="(%(default)s)")
+    sub.set_defaults(work=report)
+    args = parser.parse_args(argv)
+    check(args, parser)
+    return args
+
+
+def run_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.6, help="(%(default)s)")
+    sub.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
+    sub.add_argument("--max-new-tokens", type=int, help="(32768; demo: 1000)")
+    sub.add_argument("--ckpt-path", type=Path, metavar="DIR", help="the model (for the task demo: the demo)")
+    sub.add_argument("--batch-size", type=int, default=8, help="samples that run together (%(default)s)")
+    for flag, *values in (("--dtype", "bfloat16", "float32"), ("--fp8", "gemm", "dequant", "bf16"),
+                          ("--device", "cpu", "cuda")):
+        sub.add_argument(flag, choices=["auto", *values], default="auto", help="as in generate.py (auto)")
+    sub.add_argument("--api", metavar="URL", help="sample from a server, e.g. http://localhost:8000/v1; the "
+                     "environment's OPENAI_API_KEY goes with requests")
+    sub.add_argument("--model", metavar="NAME", help="as the server, and `report`, calls it")
+    sub.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
+    sub.add_argument("--timeout", type=float, default=3600, help="seconds for a request (%(default)s)")
+
+
+def check(args: argparse.Namespace, parser: Parser) -> None:
+    for name in ("k", "limit", "max_new_tokens", "batch_size", "concurrency", "timeout"):
+        value = getattr(args, name, None)
+        if value is not None and not value >= 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    if getattr(args, "data", None) and args.task not in set(TASKS) - {"demo"}:
+        parser.error(f"--data goes with --task {', '.join([*TASKS][1:])}; --task is {args.task}")
+    if args.command == "run":
+        if args.api and not re.match(r"https?://", args.api):
+            parser.error(f"--api is {args.api!r}; it must begin with http:// or https://")
+        if args.api and (not args.model or args.ckpt_path):
+            parser.error("--api goes with --model, the server's name of it, and without --ckpt-path")
+        if not args.api and not args.ckpt_path and args.task != "demo":
+            parser.error("--ckpt-path or --api says which model; only the task demo has a default")
+        args.ckpt_path = args.ckpt_path or ROOT / "demo"
+        try:
+            Sampling(args.temperature, args.top_p, args.seed)
+        except ValueError as error:
+            parser.error(f"--{error}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, first = parse_args(argv), int(os.environ.get("RANK", 0)) == 0
+    try:
+        args.work(args)
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if first:                       # all ranks know of it; one says it
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if first:
+            print("\ninterrupted; --resume goes on from what is done", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

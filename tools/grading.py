@@ -1,0 +1,260 @@
+"""What a completion answers, whether that is right, and what many grades say: rules, and standard errors.
+
+An answer is read after the last </think>: the last box, or for multiple choice the line "Answer: C". AIME's
+are compared as integers; mathematics by math-verify, which can hang on what a model writes (a tower of
+powers) and whose own time-outs fail in threads. So it runs in a process of its own, this file as a script:
+pairs of answers in, verdicts out, a JSON line each; it is killed when it takes too long.
+"""
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+END_THINK, THINK = "</think>", "<think>"
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Extraction
+
+
+def after_thinking(text: str, thinks: bool = True) -> str | None:
+    """What follows the last </think>; None: reasoning never ended. `thinks`: the prompt opened it."""
+    _, closed, answer = text.rpartition(END_THINK)
+    return None if not closed and (thinks or text.lstrip().startswith(THINK)) else answer
+
+
+def last_box(text: str) -> str | None:
+    r"""Inside of the last \boxed{...}, whose braces must match; None if there is none or it never ends.
+
+    An earlier box does not stand in for a last one that was cut off: it may be an intermediate result.
+    """
+    *_, start = [-1, *(match.end() for match in re.finditer(r"\\boxed\s*\{", text))]
+    depth = 1
+    for match in re.finditer(r"\\.|[{}]", text[start:] if start >= 0 else "", re.DOTALL):    # \{ is a letter
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[start:start + match.start()].strip() or None
+    return None
+
+
+LINE = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?(?![a-z])")    # simple-evals'; no word's start
+BOLD = re.compile(r"(?i)\*\*Answer[ \t]*:?\*\*[ \t]*:?[ \t]*\$?\(?([A-D])(?![a-z])")
+LETTER = re.compile(r"\(?([A-D])(?:[).:]|$)")
+
+
+def choice(text: str) -> tuple[str | None, str]:
+    """(letter, rule that found it): the last "Answer: C", else \\boxed{C} or **Answer:** C, "fallback"."""
+    if lines := LINE.findall(text):
+        return lines[-1].upper(), "line"
+    if match := LETTER.match(plain(last_box(text) or "")):
+        return match[1], "fallback"
+    bold = BOLD.findall(text)
+    return (bold[-1].upper(), "fallback") if bold else (None, "unanswered")
+
+
+def extract(kind: str, text: str, thinks: bool = True) -> tuple[str | None, str]:
+    """(answer, how): how is "truncated", "unanswered", or the rule that found the answer."""
+    text = after_thinking(text, thinks)
+    if text is None:
+        return None, "truncated"
+    if kind == "choice":
+        return choice(text)
+    answer = last_box(text)
+    return answer, "unanswered" if answer is None else "box"
+
+
+SCRIPTS = ("[\u0400-\u04ff]", "[\u0590-\u05ff]", "[\u0600-\u06ff]", "[\u0900-\u097f]", "[\u0e00-\u0e7f]",
+           "[\u3040-\u30ff\u3400-\u9fff]", "[\uac00-\ud7af]")
+
+
+def mixed(prompt: str, text: str) -> bool:
+    """Whether a completion has a letter of a script that the prompt lacks.
+
+    Of Cyrillic, Hebrew, Arabic, Devanagari, Thai, Chinese with Japanese, Korean; not Latin or Greek, whose
+    letters formulas have in any language.
+    """
+    return any(re.search(script, text) and not re.search(script, prompt) for script in SCRIPTS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Verdicts
+
+
+def plain(answer: str) -> str:
+    """An answer without what never matters: math signs, \\text, LaTeX's spaces, bold, a full stop."""
+    answer = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;!: ]|\\?\$|\*\*", "", answer)
+    answer = re.sub(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).replace("{,}", ",")
+    return " ".join(answer.split()).removesuffix(".")
+
+
+def integer(answer: str) -> int | None:
+    """An AIME answer, 0 to 999, leading zeros and "n =" allowed; None if it is anything else."""
+    match = re.fullmatch(r"0*(\d{1,3})(?:\^\{?\\circ\}?)?", plain(answer).rpartition("=")[2].strip())
+    return int(match[1]) if match else None
+
+
+class MathVerifier:
+    """math-verify in a worker process, killed and replaced when a pair takes more than `seconds`."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.timeouts, self.process, self.verdicts = seconds, 0, None, {}
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """math-verify's verdict, gold first. No verdict in time, or a crash, is False and counted."""
+        if (gold, answer) not in self.verdicts:
+            self.verdicts[gold, answer] = self._ask(gold, answer)
+        return self.verdicts[gold, answer]
+
+    def _ask(self, gold: str, answer: str) -> bool:
+        if self.process is None:
+            self.process = subprocess.Popen([sys.executable, __file__], text=True, encoding="utf-8",
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if not self.process.stdout.readline():              # imports take a second; they are not timed
+                raise ValueError("math-verify does not start: pip install -r requirements-dev.txt")
+        timer = threading.Timer(self.seconds, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+            self.process.stdin.flush()
+            verdict = self.process.stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        finally:
+            timer.cancel()
+        if verdict:
+            return json.loads(verdict)
+        self.timeouts += 1
+        self.close()
+        return False
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def serve() -> None:
+    """The worker: reads [gold, answer] from standard input, writes true or false, until the input ends."""
+    from math_verify import LatexExtractionConfig, parse, verify
+    logging.disable(logging.CRITICAL)               # it warns that time-outs are off; killing it is ours
+    with contextlib.suppress(ImportError, ValueError):      # a tower of powers eats memory, too: 4 GiB
+        import resource                                     # Windows has none, macOS may refuse
+        resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))
+
+    def parsed(answer: str) -> list:
+        config = [LatexExtractionConfig()]
+        return parse(rf"\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        try:
+            verdict = bool(verify(parsed(gold), parsed(answer), timeout_seconds=None))
+        except Exception:                           # its parser's errors are of every kind
+            verdict = False
+        print(json.dumps(verdict), flush=True)
+
+
+def same(kind: str, gold: str, answer: str, verifier: MathVerifier) -> bool:
+    """Whether two answers are one, by the rule of a kind of task."""
+    if kind == "integer" and integer(gold) is not None:
+        return integer(gold) == integer(answer)
+    return plain(gold) == plain(answer) or kind == "math" and verifier.equal(gold, answer)
+
+
+def classes(answers: Sequence[str | None], gold: str, equal: Callable[[str, str], bool]) -> list[int | None]:
+    """The equivalence class of each answer: 0 is the gold's, None means no answer."""
+    members, known = [gold], {None: None}
+    for answer in answers:
+        if answer not in known:
+            known[answer] = next((i for i, m in enumerate(members) if equal(m, answer)), len(members))
+            members += [answer] * (known[answer] == len(members))
+    return [known[answer] for answer in answers]
+
+
+def grader_version(kind: str) -> dict[str, str]:
+    """What decides about a grade: this file, for mathematics also packages. ValueError if one is missing."""
+    found = {"grading.py sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    for package in ("math-verify", "latex2sympy2_extended", "sympy") if kind == "math" else ():
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            raise ValueError(f"{package} is not installed, and grading needs it: pip install -r "
+                             "requirements-dev.txt -c constraints.txt") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Statistics: labels [n questions][k samples] are classes as above, 0 right
+
+
+def pass_at(c: int, k: int, j: int) -> float:
+    """Chance that one of j samples, drawn from k of which c are right, is right (arXiv 2107.03374)."""
+    return 1 - math.comb(k - c, j) / math.comb(k, j)
+
+
+def vote(labels: Sequence[int | None]) -> float:
+    """Majority vote of a question's samples: 1, 0, or the chance of the right class among those that tie."""
+    ballots = Counter(label for label in labels if label is not None)
+    top = [label for label, n in ballots.items() if n == max(ballots.values())]
+    return (0 in top) / len(top) if top else 0.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Standard errors of a mean over questions; None where one sample, or one question, cannot tell."""
+    rerun: float | None             # of sampling the same questions again; falls with k
+    question: float | None          # of other questions from the same source; does not
+
+
+def formula_errors(p: np.ndarray, k: int) -> Errors:
+    """sqrt(sum p (1 - p) / (k - 1)) / n, and SD(p) / sqrt(n), from questions' shares p [n] of right samples.
+
+    k - 1, because p (1 - p) of a sample underestimates the variance by (k - 1) / k.
+    """
+    n = len(p)
+    return Errors(float(np.sqrt((p * (1 - p)).sum() / (k - 1)) / n) if k > 1 else None,
+                  float(p.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
+
+
+def bootstrap_errors(p: np.ndarray, k: int, draws: int = 10_000, seed: int = 0) -> Errors:
+    """The same by drawing again, on two levels: the samples of each question, and the questions.
+
+    A resample's spread is short by (k - 1) / k, or (n - 1) / n, which is made up for.
+    """
+    rng, n = np.random.default_rng(seed), len(p)
+    samples = np.array([rng.binomial(k, p).mean() / k for _ in range(draws)])
+    questions = np.array([rng.choice(p, n).mean() for _ in range(draws)])
+    return Errors(float(samples.std() * np.sqrt(k / (k - 1))) if k > 1 else None,
+                  float(questions.std() * np.sqrt(n / (n - 1))) if n > 1 else None)
+
+
+def scores(labels: Sequence[Sequence[int | None]]) -> dict:
+    """pass@1 with its errors, pass@j for powers of two, and cons@k, all from 0 to 1."""
+    k = len(labels[0])
+    right = [sum(label == 0 for label in row) for row in labels]
+    p = np.array(right) / k
+    formula, bootstrap = formula_errors(p, k), bootstrap_errors(p, k)
+    votes = np.array([vote(row) for row in labels])
+    return {"pass@1": float(p.mean()), "rerun error": formula.rerun, "question error": formula.question,
+            "rerun error, bootstrap": bootstrap.rerun, "question error, bootstrap": bootstrap.question,
+            "pass@j": {str(j): float(np.mean([pass_at(c, k, j) for c in right]))
+                       for j in (2 ** i for i in range(k.bit_length()))},
+            f"cons@{k}": float(votes.mean()), f"cons@{k} question error": formula_errors(votes, 2).question}
+
+
+if __name__ == "__main__":
+    serve()
