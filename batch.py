@@ -127,7 +127,7 @@ def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dic
     tokens: dict[tuple[int, int], list[int]] = {}
     if chat:
         results.open()
-    with tqdm(total=total, desc="generate", unit="sample", disable=chat is None) as bar:
+    with tqdm(total=total, desc="generate", unit="sample", miniters=0, disable=chat is None) as bar:
         n_tokens, start = 0, time.monotonic()
         for event in events:
             tokens.setdefault((event.prompt, event.sample), []).extend(event.tokens)
@@ -136,8 +136,8 @@ def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dic
                 ids = tokens.pop((event.prompt, event.sample))
                 if chat:
                     results.add(describe(event, ids, records[event.prompt], chat))
-                bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
-                bar.update()
+            bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.1f} tokens/s", refresh=False)
+            bar.update(event.finish_reason is not None)
     if chat:
         results.finish()
 

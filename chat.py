@@ -411,7 +411,7 @@ def file_prompt(name, content, question):
 def search_prompt(pages, question, today):
     """A question with the texts of web pages to answer it from, cited as [citation:1] and so on.
 
-    In Chinese if the question has a Chinese character. `today` is a date.
+    In Chinese if the question has a Chinese character (Japanese ones count). `today` is a date.
     """
     results = "\n".join(f"[webpage {i} begin]{page}[webpage {i} end]" for i, page in enumerate(pages, 1))
     chinese = any("\u4e00" <= letter <= "\u9fff" for letter in question)

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
     when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
     (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
     With several ranks, all call this with the same arguments; rank 0 draws and the others follow, whatever
-    their seed. Rank 0's `cancelled()`, asked before every forward pass, ends the call; all ranks give one or
+    their seed. Rank 0's `cancelled()`, asked with every forward pass, ends the call; all ranks give one or
     none does. ValueError before any work if a prompt is empty or leaves no room.
     """
     rt, stop_ids = model.rt, frozenset(stop_ids)
@@ -197,7 +198,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                              f"max_seq_len is {rt.max_seq_len} and the answer needs room")
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
     cache, rows, prefilled = kept.cache if kept else Cache.allocate(model.cfg, rt), [], (-1, None)
-    while (waiting or rows) and not agreed(cancelled, rt):
+    while waiting or rows:
         slot = next((i for i, row in enumerate(rows) if row.ended), len(rows))
         if waiting and slot < rt.rows:
             index, number = waiting.popleft()
@@ -221,7 +222,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             advanced, logits = rows, decode(model, rows, cache)
             if kept:
                 kept.tokens.append(rows[0].token)
-        if logits is None:                                      # cancelled on the way
+        if logits is None or agreed(cancelled, rt):
             return
         for row, token, logprob in zip(advanced, *draw(logits, advanced, sampling, n_tokens, rt.tp)):
             reason = row.take(token, stop_ids)
@@ -646,6 +647,9 @@ def run(args: argparse.Namespace) -> int:
                 print(WELCOME)
             talk(model, job, ranks, chat and Conversation(chat, job.max_seq_len, args.boxed),
                  chat and Screen(chat, args.show_reasoning))
+    except BrokenPipeError:                                 # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, FloatingPointError) as error:
         return fail(error)
     return 0
@@ -654,18 +658,17 @@ def run(args: argparse.Namespace) -> int:
 def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation | None,
          screen: Screen | None) -> None:
     """Chat until the user leaves. Rank 0 reads and shows; the other ranks compute what it was asked."""
-    kept, keyboard, attempt = Kept(Cache.allocate(model.cfg, model.rt)), Keyboard(screen is not None), 0
-    while True:
-        prompt = ranks.share(conversation.read(keyboard, screen) if conversation else None)
-        if prompt is None:
-            return
-        with keyboard:                      # each answer is a sample of its own: /retry gives another one
+    kept, keyboard = Kept(Cache.allocate(model.cfg, model.rt)), Keyboard(screen is not None)
+    with keyboard:
+        for attempt in count():             # each answer is a sample of its own: /retry gives another one
+            prompt = ranks.share(conversation.read(keyboard, screen) if conversation else None)
+            if prompt is None:
+                return
             events = job.run(model, [prompt], [(0, attempt)], kept=kept, cancelled=keyboard.ctrl_c)
             answer = show(events, screen, conversation is not None and conversation.thinks(), len(prompt),
                           kept.shared(prompt))
-        if conversation:
-            conversation.add(*answer)
-        attempt += 1
+            if conversation:
+                conversation.add(*answer)
 
 
 def fail(error: Exception) -> int:

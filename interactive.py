@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from pathlib import Path
 from unicodedata import east_asian_width
 
 from batch import write_file
-from chat import Chat, ReasoningParser, TextStream, advised, file_prompt, search_prompt
+from chat import BOXED, Chat, ReasoningParser, TextStream, file_prompt, search_prompt
 
 try:
     import termios
@@ -27,30 +28,34 @@ except ImportError:                     # not on Windows
 
 
 class Keyboard:
-    """Makes Ctrl-C a key that ends the answer, while one runs; what else is typed waits for the next prompt.
+    """Reads lines and, while an answer runs, Ctrl-C; other keys wait for the next line.
 
-    As a signal, Ctrl-C would reach torchrun, which ends the job. Without a terminal it stays a signal.
+    As a signal, Ctrl-C would reach torchrun, which ends the job: so as long as the chat lasts, it is a key like
+    any other, and no key is shown by the terminal itself. Without a terminal, lines come from standard input.
     """
 
     def __init__(self, present: bool):
+        self.present = present
         self.terminal = present and termios is not None and sys.stdin.isatty()
-        self.stopped, self.typed = False, b""
+        self.session, self.stopped, self.typed = None, False, b""
 
     def __enter__(self):
-        self.stopped, self.typed = False, b""
         if self.terminal:
-            self.saved = termios.tcgetattr(sys.stdin)
-            keys = termios.tcgetattr(sys.stdin)
-            keys[3] &= ~(termios.ICANON | termios.ECHO)         # every key at once, and unseen
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):      # __exit__ before the end
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+            self.saved, keys = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+            keys[3] &= ~(termios.ICANON | termios.ECHO)
             keys[6][termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE")
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+        elif self.present:
+            sys.stdin.reconfigure(errors="surrogateescape")     # a bad line is refused, not all that follow
 
     def __exit__(self, *_):
         if self.terminal:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
 
     def ctrl_c(self) -> bool:
-        """Whether Ctrl-C was pressed during this answer."""
+        """Whether Ctrl-C was pressed since the last line."""
         while self.terminal and select.select([sys.stdin], [], [], 0)[0]:
             if not (keys := os.read(sys.stdin.fileno(), 4096)):
                 break
@@ -60,13 +65,20 @@ class Keyboard:
 
     def line(self) -> str:
         """Ask for a line. EOFError at the end of input; KeyboardInterrupt."""
-        if not (self.terminal and sys.stdout.isatty()):
+        typed, self.typed, self.stopped = self.typed.rpartition(b"\x03")[2], b"", False
+        if not self.terminal:
             return input(">>> ")
-        if not hasattr(self, "session"):
-            from prompt_toolkit import PromptSession    # line editing, history, pastes of several lines, CJK
-            self.session = PromptSession()
-        typed = self.typed.rpartition(b"\x03")[2].decode(errors="ignore").strip()
-        return self.session.prompt(">>> ", default="".join(filter(str.isprintable, typed)))
+        from prompt_toolkit import PromptSession    # line editing, history, pastes of several lines, CJK
+        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.vt100_parser import Vt100Parser
+        from prompt_toolkit.output import create_output
+        if not self.session:
+            self.session = PromptSession(output=create_output(
+                sys.stdout if sys.stdout.isatty() else sys.stderr))
+        keys = []
+        Vt100Parser(keys.append).feed(typed.decode(errors="surrogateescape"))
+        store_typeahead(self.session.input, keys)
+        return self.session.prompt(">>> ")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,7 +92,7 @@ COMMANDS = {
     "/file PATH": "put a text file in front of the next question",
     "/search FILE.json": "put web pages in front of it: a list of texts, or of objects with 'content' and, if "
                          "you like, 'title' and 'url'",
-    "/save FILE": "write the conversation as JSON, which --input-file reads",
+    "/save FILE": "write the conversation as JSON, in the layout of --input-file",
     "/exit": "leave"}
 
 
@@ -92,15 +104,16 @@ class Conversation:
         self.messages: list[dict] = []
         self.last, self.answered = None, False          # the last question, as it was sent
         self.attached = None            # makes the official prompt of the next question
+        self.saved: set[Path] = set()   # what may be overwritten
 
     def read(self, keyboard: Keyboard, screen: "Screen") -> list[int] | None:
         """Ask until there is something to answer; the whole conversation's ids, or None to leave."""
         while True:
             try:
                 line = keyboard.line()
-                if line.strip() == "/exit":
+                if line.rstrip() == "/exit":
                     return None
-                prompt = self.command(line.strip(), screen) if line.startswith("/") else self.send(line)
+                prompt = self.command(line, screen) if line.startswith("/") else self.send(line)
                 if prompt:
                     return prompt
             except EOFError:
@@ -114,21 +127,22 @@ class Conversation:
                 print(f"({error})")
 
     def send(self, question: str) -> list[int] | None:
-        """Add a question; the ids to be answered, None if it is blank. ValueError if there is no room."""
+        """Ask what was typed; the ids to be answered, None if it is blank."""
         if not question.strip():
             return None
-        if self.attached:
-            question, self.attached = self.attached(question), None
-        self.messages.append({"role": "user", "content": question})
-        try:
-            prompt = self.chat.encode(advised(self.messages, self.boxed)[0])
-            if len(prompt) >= self.max_seq_len:
-                raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}; "
-                                 f"/clear starts anew")
-        except ValueError:
-            self.messages.pop()
-            raise
-        self.last, self.answered = question, False
+        question = self.attached(question) if self.attached else question
+        prompt = self.ask(question + "\n" + BOXED if self.boxed else question, self.messages)
+        self.attached = None
+        return prompt
+
+    def ask(self, question: str, past: list[dict]) -> list[int]:
+        """Put a question after `past`. ValueError, and all stays as it is, if it has no room or no sense."""
+        messages = [*past, {"role": "user", "content": question}]
+        prompt = self.chat.encode(messages)
+        if len(prompt) >= self.max_seq_len:
+            raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}; /clear "
+                             f"starts anew")
+        self.messages, self.last, self.answered = messages, question, False
         return prompt
 
     def thinks(self) -> bool:
@@ -146,13 +160,13 @@ class Conversation:
 
     def command(self, line: str, screen: "Screen") -> list[int] | None:
         """Obey one; ids if it asks for an answer. ValueError or OSError says what is wrong with it."""
-        name, _, argument = line.partition(" ")
+        name, argument = [*line.rstrip().split(maxsplit=1), ""][:2]
         usage = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
         if usage is None:
             raise ValueError(f"{name} is no command; /help lists them, a blank in front sends it as text")
         if bool(argument) != (" " in usage) or usage == "/think on|off" and argument not in ("on", "off"):
             raise ValueError(f"usage: {usage}")
-        path = Path(argument.strip().strip("'\"")).expanduser()
+        path = Path(os.path.expanduser(argument.strip("'\"")))
         match name:
             case "/help":
                 print("\n".join(f"  {usage:<18} {what}" for usage, what in COMMANDS.items()))
@@ -163,9 +177,7 @@ class Conversation:
             case "/retry":
                 if self.last is None:
                     raise ValueError("there is no question yet")
-                if self.answered:
-                    del self.messages[-2:]
-                return self.send(self.last)
+                return self.ask(self.last, self.messages[:-2] if self.answered else self.messages)
             case "/think":
                 screen.full = argument == "on"
                 print(f"(reasoning will be {'shown' if screen.full else 'folded'})")
@@ -174,8 +186,16 @@ class Conversation:
             case "/search":
                 self.attach_pages(path)
             case "/save":
-                write_file(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-                print(f"({len(self.messages)} messages in {path})")
+                self.save(path.resolve())
+
+    def save(self, path: Path) -> None:
+        if not self.messages:
+            raise ValueError("there is nothing to save yet")
+        if path.exists() and path not in self.saved:
+            raise ValueError(f"{path} is there already; it would be lost")
+        write_file(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        self.saved.add(path)
+        print(f"({len(self.messages)} messages in {path})")
 
     def attach_file(self, path: Path) -> None:
         try:
@@ -191,11 +211,11 @@ class Conversation:
             pages = [page if isinstance(page, str) else
                      "\n".join([*(page[key] for key in ("title", "url") if key in page), page["content"]])
                      for page in results]
-            if not (pages and isinstance(results, list)):
-                raise TypeError("no list, or an empty one")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a JSON list of texts, or of objects with a text 'content': "
-                             f"{error!r}") from None
+            "".join(pages).encode()             # half of a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, RecursionError):
+            results = pages = None
+        if not (pages and isinstance(results, list)):
+            raise ValueError(f"{path}: not a JSON list of texts, or of objects with a text 'content'")
         self.attached = lambda question: search_prompt(pages, question, date.today())
         print(f"({len(pages)} web pages; now ask about them)")
 
@@ -224,7 +244,8 @@ class Screen:
         """Show generate()'s events of one completion as they come; reasoning and answer. `thinking`: the
         prompt has opened <think>."""
         stream, parser = TextStream(self.tokenizer), ReasoningParser(thinking)
-        self.reasoning, self.answer, self.n_tokens, self.in_reasoning = "", "", 0, False
+        self.reasoning, self.answer, self.in_reasoning = "", "", False
+        self.n_tokens = self.n_thought = 0
         self.start, first, reason = time.monotonic(), None, None
         if thinking:
             self.open_reasoning()
@@ -234,6 +255,7 @@ class Screen:
             text = "".join(map(stream.feed, event.tokens)) + (stream.flush() if reason else "")
             for part, piece in parser.feed(text) + (parser.flush() if reason else []):
                 (self.add_reasoning if part == "reasoning" else self.add_answer)(piece)
+            self.n_thought += len(event.tokens) * (parser.part == "reasoning")
             if self.in_reasoning and parser.part == "answer":
                 self.close_reasoning()
         if self.in_reasoning:
@@ -260,11 +282,11 @@ class Screen:
         if self.full:
             self.write(text, dim=True)
         elif self.terminal:
-            head = f"thinking, {self.n_tokens} tokens: "
+            head = f"thinking, {self.n_thought} tokens: "
             tail = " ".join(self.reasoning[-400:].split())
-            columns = shutil.get_terminal_size().columns - len(head) - 1
+            columns = shutil.get_terminal_size().columns - 1
             self.erase_line()
-            self.write(head + last_columns(tail, columns), dim=True)
+            self.write(head[:columns] + last_columns(tail, columns - len(head)), dim=True)
 
     def close_reasoning(self) -> None:
         self.in_reasoning = False
@@ -272,7 +294,7 @@ class Screen:
             self.write(("" if self.reasoning[-1:] in ("", "\n") else "\n") + "</think>\n\n", dim=True)
         else:
             self.erase_line()
-            self.write(f"thought for {self.n_tokens} tokens, {time.monotonic() - self.start:.0f} s\n\n",
+            self.write(f"thought for {self.n_thought} tokens, {time.monotonic() - self.start:.0f} s\n\n",
                        dim=True)
 
     def add_answer(self, text: str) -> None:

@@ -89,7 +89,7 @@ MUTANTS = [     # description, file, original, replacement, test file that must 
     ("only rank 0 stops at Ctrl-C", "generate.py",
      "        dist.broadcast(answer, src=0, group=rt.tp.group)\n", "        pass\n", "test_interactive"),
     ("/retry draws the same numbers again", "generate.py",
-     "        attempt += 1\n", "", "test_interactive"),
+     "job.run(model, [prompt], [(0, attempt)]", "job.run(model, [prompt], [(0, 0)]", "test_interactive"),
     ("ranks draw tokens on their own", "generate.py",
      "    if tp.size > 1:     # ranks", "    if False:     # ranks", "test_cli"),
     ("a long prompt runs in one piece", "generate.py",

@@ -3,10 +3,13 @@
 The demo answers through a pseudo-terminal, as one process and as two ranks. What is typed and shown is also
 tested without a model, by events that are written out.
 """
+import io
 import json
 import os
 import re
+import signal
 import subprocess
+import termios
 from datetime import date
 from itertools import count
 
@@ -15,7 +18,7 @@ import pytest
 from test_cli import program
 
 import generate
-from chat import Chat, Tokenizer, file_prompt, search_prompt
+from chat import BOXED, Chat, Tokenizer, file_prompt, search_prompt
 from interactive import Conversation, Keyboard, Screen, last_columns
 
 PROMPT = re.escape("\x1b[?2004h")           # a new line to be typed: the terminal is to mark pastes
@@ -30,7 +33,7 @@ def demo():
 def start(*more, ranks: int = 1, **env) -> pexpect.spawn:
     args = program("generate.py", "--interactive", "--seed", 1, "--dtype", "float32", *more, ranks=ranks)
     env = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm", **env}
-    child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=90, dimensions=(30, 100), env=env)
+    child = pexpect.spawn(args[0], args[1:], encoding="utf-8", timeout=40, dimensions=(30, 100), env=env)
     child.expect(PROMPT)
     return child
 
@@ -82,18 +85,59 @@ def test_lines_are_edited_and_long_chinese_and_many_line_pastes_arrive_whole(tmp
     say(child, f"/save {tmp_path / 'talk.json'}")
     leave(child)
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    questions = [message["content"] for message in messages if message["role"] == "user"]
-    assert questions[:2] == ["12 + 31?"] * 2 and questions[2:] in ([pasted], [])    # it may know no answer
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["12 + 31?", "12 + 31?", pasted]
 
 
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt():
     child = start()
     child.send("What is 4711 * 8153?\r")
     child.expect("thinking, ")
-    child.send("1 + 2?")
+    child.send("1 + 3\x7f2?")                                   # backspace
     child.expect(PROMPT)
     assert "1+2" in say(child, "")
+    child.send("What is 4711 * 8153?\r")
+    child.expect("thinking, ")
+    child.send("/think on\r3 + 4?\r")                          # two lines: both are obeyed, once
+    child.expect("reasoning will be shown")
+    child.expect("</think>")
+    child.expect(PROMPT)
+    assert "folded" in say(child, "/think off")
     leave(child)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_outside_of_an_answer_ends_no_rank_and_adds_no_question(ranks, tmp_path):
+    (tmp_path / "long.txt").write_text("12 + 30 is a question. " * 100_000)
+    child = start(ranks=ranks)
+    say(child, f"/file {tmp_path / 'long.txt'}")
+    child.send("what?\r")
+    for _ in range(30):                         # while it is made into tokens, refused, and at the prompt
+        child.send(CTRL_C)
+    child.expect("tokens by now")
+    while child.expect(["/exit or Ctrl-D leaves", pexpect.TIMEOUT], timeout=2) == 0:
+        pass
+    child.send("/clear\r")
+    child.expect("a new conversation")
+    child.send("12 + 30?\r")
+    child.expect("prompt: 13 of 13")
+    child.expect(PROMPT)
+    leave(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_killed_answer_leaves_the_terminal_as_it_was(number):
+    child = start()
+    before = termios.tcgetattr(child.child_fd)
+    child.send("What is 4711 * 8153?\r")
+    child.expect("thinking, ")
+    child.kill(number)
+    child.expect(pexpect.EOF)
+    child.wait()
+    lflag, keys = 3, 6
+    after = termios.tcgetattr(child.child_fd)
+    assert after[lflag] & termios.ECHO and after[lflag] & termios.ICANON
+    assert after[keys][termios.VINTR] == CTRL_C.encode() and before[keys][termios.VINTR] == b"\x00"
+    assert child.exitstatus == 128 + number
 
 
 def test_reasoning_is_kept_in_full_if_asked_and_colour_can_be_refused():
@@ -113,11 +157,12 @@ def test_reasoning_is_kept_in_full_if_asked_and_colour_can_be_refused():
 
 def test_a_pipe_gets_plain_text_and_ctrl_d_and_bad_bytes_end_nothing():
     done = subprocess.run(program("generate.py", "--interactive", "--temperature", 0), timeout=120,
-                          input=b"caf\xe9\n12 + 30?\n/think off\n12 + 30?\n", capture_output=True)
+                          input=b"caf\xe9\n12 + 30?\n/think off\n12 + 30?\n", capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     out = done.stdout.decode()
     assert done.returncode == 0 and "Traceback" not in done.stderr.decode() and "\x1b" not in out
     assert "\x1b" not in done.stderr.decode()
-    assert "not UTF-8" in out or "not valid Unicode" in out
+    assert "messages[0].content: not valid Unicode" in out
     assert re.search(r"<think>\n.*12\+30.*\n</think>\n\n12 \+ 30 = .boxed.42.\n", out, re.DOTALL)
     assert re.search(r"will be folded.\n>>> thought for \d+ tokens, \d+ s\n\n12 \+ 30 = .boxed.42.\n", out)
 
@@ -188,11 +233,25 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(demo, capsys):
 
 
 @pytest.mark.parametrize("columns, shown", [(0, ""), (1, "b"), (2, "b"), (3, "好b"), (9, "a好b")])
-def test_the_folded_line_never_wraps(columns, shown):
+def test_the_end_of_a_text_in_columns(columns, shown):
     assert last_columns("a好b", columns) == shown
 
 
-def test_history_holds_answers_and_no_reasoning_and_retry_takes_the_answer_back(demo):
+@pytest.mark.parametrize("columns", [5, 20, 80])
+def test_the_folded_line_never_wraps(columns, demo, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = Screen(demo, full=False)
+    screen.terminal, screen.full = True, False
+    screen.show(events(demo, "好 1 + 2 好 " * 20 + "</think>3"), True, 5)
+    first, *lines = capsys.readouterr().out.split("\r\x1b[K")
+    assert first == "thinking" and len(lines) > 100
+    for line in lines[:-1]:
+        assert len(line) + line.count("好") < columns
+    assert re.fullmatch(r"thought for 280 tokens, 0 s\n\n3\n", lines[-1])
+
+
+def test_history_holds_answers_and_no_reasoning_and_retry_takes_the_answer_back(demo, tmp_path):
     conversation = Conversation(demo, 2048, boxed=False)
     assert asked(conversation, "/retry", "", "Hi") == "<｜User｜>Hi<｜Assistant｜><think>\n"
     conversation.add("so", "Ho")
@@ -204,6 +263,15 @@ def test_history_holds_answers_and_no_reasoning_and_retry_takes_the_answer_back(
     assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
     conversation.add("", "Ciao")
     assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Ciao"]
+    (tmp_path / "a.txt").write_text("1 + 2")
+    asked(conversation, f"/file {tmp_path / 'a.txt'}")
+    assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
+    conversation.add("", "Ade")
+    conversation.max_seq_len = 5               # no room: all stays as it was
+    assert asked(conversation, "/retry", "/retry") is None
+    assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Ade"]
+    conversation.max_seq_len = 100_000
+    assert asked(conversation, "And?").startswith(f"{history}<｜User｜>Bye<｜Assistant｜>Ade<｜User｜>[file name]")
     assert asked(conversation, "/clear", "Hi") == "<｜User｜>Hi<｜Assistant｜><think>\n"
     assert asked(conversation, "/exit", "Hi") is None and asked(conversation) is None
 
@@ -215,7 +283,7 @@ def test_a_question_without_room_or_with_a_forged_start_is_not_kept(demo, capsys
     out = capsys.readouterr().out
     assert "tokens by now, and --max-seq-len is 100" in out and "a prompt has one" in out
     assert "not valid Unicode" in out
-    assert [message["content"] for message in conversation.messages] == ["so?"]
+    assert [message["content"] for message in conversation.messages] == ["so?\n" + BOXED]
 
 
 def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
@@ -237,18 +305,23 @@ def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
 def test_commands_that_cannot_be_obeyed_say_why_and_the_chat_goes_on(demo, tmp_path, capsys):
     conversation = Conversation(demo, 2048, boxed=False)
     (tmp_path / "data.bin").write_bytes(b"\xff\xfe")
-    for text in ("{", '{"a": 1}', '[{"title": "no content"}]', "[3]", '[{"content": 3}]'):
+    for text in ("{", "{}", "[]", '{"a": 1}', '[{"title": "no content"}]', "[3]", '[{"content": 3}]',
+                 '[{"content": "\\ud83d"}]', "[" * 100_000):
         (tmp_path / "bad.json").write_text(text)
         assert asked(conversation, f"/search {tmp_path / 'bad.json'}") is None
         assert "bad.json: not a JSON list" in capsys.readouterr().out
     for line, words in ((f"/file {tmp_path / 'data.bin'}", "data.bin: not a text file in UTF-8"),
                         ("/file /nowhere/x", "No such file"), ("/file", "usage: /file PATH"),
                         (f"/file {tmp_path}", "Is a directory"), ("/search", "usage: /search FILE.json"),
-                        ("/save /nowhere/x", "No such file"), ("/think maybe", "usage: /think on|off"),
+                        ("/think maybe", "usage: /think on|off"),
+                        ("/file ~nosuchuser/x", "No such file"), ("/save x", "nothing to save"),
                         ("/clear all", "usage: /clear"), ("/frobnicate now", "/frobnicate is no command")):
         assert asked(conversation, line) is None
         assert words in capsys.readouterr().out
-    assert asked(conversation, " /etc is what?").startswith("<｜User｜> /etc is what?")
+    for line in (" /etc is what?", " /exit"):
+        assert asked(Conversation(demo, 2048, False), line).startswith(f"<｜User｜>{line}<｜Assistant｜>")
+    asked(conversation, "/think  off", screen=Screen(demo, False))
+    assert "folded" in capsys.readouterr().out
     asked(conversation, "/help")
     out = capsys.readouterr().out
     assert all(f"  {usage}" in out for usage in ("/clear", "/retry", "/think on|off", "/file PATH", "/save",
@@ -265,6 +338,13 @@ def test_a_saved_conversation_is_a_prompt_file_and_is_never_half_there(demo, tmp
     assert record["messages"] == [{"role": "user", "content": "Hi"},
                                   {"role": "assistant", "content": "Ho 你好", "reasoning": "so"}]
     before = path.read_bytes()
+    (tmp_path / "mine.py").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    asked(conversation, f"/save {tmp_path / 'mine.py'}", f"/save {tmp_path / 'pipe'}", "/save /dev/null")
+    assert capsys.readouterr().out.count("is there already; it would be lost") == 3
+    (tmp_path / "mine.py").unlink(), (tmp_path / "pipe").unlink()
+    asked(conversation, f"/save {path}")                # this one may be written again
+    assert "(2 messages in" in capsys.readouterr().out
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -275,6 +355,12 @@ def test_a_saved_conversation_is_a_prompt_file_and_is_never_half_there(demo, tmp
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    args = " ".join(program("generate.py", "--prompt", "12", "--seed", 1))
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {args} | head -c 1"], capture_output=True)
+    assert done.returncode in (0, 141) and b"error" not in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_every_answer_is_a_sample_of_its_own(demo, monkeypatch):
     """/retry would repeat itself word for word if it were drawn from the same random numbers."""
     wanted, attempts = [], count()
@@ -283,6 +369,7 @@ def test_every_answer_is_a_sample_of_its_own(demo, monkeypatch):
         wanted.append((prompts, which)), events(demo, f"</think>{next(attempts)}"))[1])
     monkeypatch.setattr(generate.Cache, "allocate", lambda *_: None)
     monkeypatch.setattr(Keyboard, "line", Typed("1 + 2?", "/retry", "/retry", "3?").line)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     model = type("Model", (), {"cfg": None, "rt": None})
     generate.talk(model, job, generate.Ranks(generate.Shard(), None), Conversation(demo, 100, False),
                   Screen(demo, True))
