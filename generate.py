@@ -361,6 +361,9 @@ class Ranks:
 
 def meet(rank: int, size: int) -> dist.Store:
     """The store, once all ranks have signed in. ValueError names those that have not, PATIENCE later."""
+    if unset := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {size} in the environment, but {unset[0]} is not set; start ranks "
+                         f"with torchrun, which sets all of them")
     server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"     # else torchrun is
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     host, deadline = socket.gethostname(), time.monotonic() + PATIENCE.total_seconds()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import generate
 import kernel
 import model as core
+from convert import load_config
 from model import Shard, Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -338,10 +339,10 @@ def test_weights_dequantised_at_load_give_the_same_logits(checkpoint):
 def test_the_command_line_chooses_by_device_unless_told(option, gpu, mode, checkpoint, monkeypatch):
     if gpu:
         monkeypatch.setattr(kernel, "path", lambda device, multiply=True: "triton")
-    monkeypatch.setattr(generate, "load_model", lambda checkpoint, rt: Transformer(checkpoint.cfg, rt))
     args = generate.parse_args(["--ckpt-path", str(checkpoint[0]), "--interactive", "--fp8", option])
     ranks = SimpleNamespace(device=torch.device("cpu"), tp=Shard())
-    model = generate.load(args, SimpleNamespace(rows=1, max_seq_len=8), ranks)
+    cfg = load_config(checkpoint[0] / "config.json")
+    model = Transformer(cfg, generate.runtime(args, cfg, ranks, rows=1, max_seq_len=8))
     assert model.rt.fp8 == mode and model.layers[1].ffn.grouped == (mode == "gemm")
 
 

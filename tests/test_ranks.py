@@ -74,6 +74,13 @@ def test_a_meeting_place_without_anybody_is_named(tmp_path):
     assert f"rank 1 on {socket.gethostname()} found no meeting place at 127.0.0.1:{port}" in done.stderr
 
 
+def test_half_an_environment_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert generate.main(["--prompt", QUESTION]) == 2
+    assert "WORLD_SIZE is 2 in the environment, but MASTER_ADDR is not set" in capsys.readouterr().err
+
+
 def test_ranks_introduce_themselves_and_a_shard_that_one_of_them_lacks_is_named(tmp_path):
     convert.convert(convert.Checkpoint(ROOT / "demo"), tmp_path / "0", 2)
     shutil.copytree(tmp_path / "0", tmp_path / "1")                 # as if on two machines
@@ -119,8 +126,8 @@ def test_two_agents_give_the_tokens_of_one_process(backend, tmp_path):
 def test_torchrun_waits_for_a_second_machine_as_long_as_the_readme_tells_it_to(place, words):
     port = free_port()
     place = [(f"127.0.0.1:{port}" if "c10d" in place else port) if word is ... else word for word in place]
-    done = run(torchrun("--nnodes", 2, *place, "--rdzv-conf", "timeout=2,join_timeout=2", ROOT / "generate.py",
-                        "--prompt", QUESTION))
+    done = run(torchrun("--nnodes", 2, *place, "--rdzv-conf", "timeout=2,join_timeout=2",
+                        ROOT / "generate.py", "--prompt", QUESTION))
     assert done.returncode == 1 and words in done.stderr
 
 
