@@ -37,6 +37,7 @@ import memory
 from batch import Results, as_messages, read_prompts, run_batch
 from chat import END_THINK, THINK, Chat, Tokenizer, advised
 from convert import Checkpoint, Parser, fingerprint, load_model, rank_file
+from decode import Decoder, check
 from interactive import Conversation, Keyboard, Screen, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
@@ -167,6 +168,7 @@ class Kept:
     """
     cache: Cache
     tokens: list[int] = field(default_factory=list)
+    decoder: Decoder | None = None
 
     def shared(self, prompt: list[int]) -> int:
         """How many leading tokens of the prompt are here; at most all but one, whose logits are needed."""
@@ -198,6 +200,9 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                              f"max_seq_len is {rt.max_seq_len} and the answer needs room")
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
     cache, rows, prefilled = kept.cache if kept else Cache.allocate(model.cfg, rt), [], (-1, None)
+    decoder, draw = kept and kept.decoder or Decoder(model, cache), Draw(sampling, n_tokens, rt.tp)
+    if kept:
+        kept.decoder = decoder                                  # and its CUDA graphs
     while waiting or rows:
         slot = next((i for i, row in enumerate(rows) if row.ended), len(rows))
         if waiting and slot < rt.rows:
@@ -213,18 +218,23 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                       Loop() if stop_loops else None)
             if think and think.opening in prompt[-2:]:      # the prompt ends with <think> and a newline
                 row.follow(think.opening)
+            if prefilled[1] is None:                            # cancelled on the way
+                return
             rows[slot:slot + 1] = [row]
-            advanced, logits = [row], prefilled[1]
+            advanced, drawn = [row], draw(prefilled[1], *chances([row], rt.device))
         elif slot < len(rows):                                  # nothing waits: close the gap
             drop_row(rows, slot, cache)
             continue
         else:
-            advanced, logits = rows, decode(model, rows, cache)
+            advanced, longest = rows, max(row.length for row in rows)
+            drawn = decoder.step([row.token for row in rows], longest, draw, *chances(rows, rt.device))
+            for row in rows:
+                row.length += 1
             if kept:
                 kept.tokens.append(rows[0].token)
-        if logits is None or agreed(cancelled, rt):
+        if agreed(cancelled, rt):
             return
-        for row, token, logprob in zip(advanced, *draw(logits, advanced, sampling, n_tokens, rt.tp)):
+        for row, (token, logprob) in zip(advanced, read(*drawn)):
             reason = row.take(token, stop_ids)
             new = () if reason == "stop" else (token,)
             yield Event(row.prompt, row.sample, new, (logprob,)[:len(new)], reason)
@@ -260,35 +270,41 @@ def prefill(model: Transformer, prompt: list[int], cache: Cache, slot: int, kept
     return logits[:, -1]
 
 
-def decode(model: Transformer, rows: list[Row], cache: Cache) -> Tensor:
-    """Run every row's token through the model, which appends it to the row's cache; logits [b, vocab]."""
-    tokens = torch.tensor([[row.token] for row in rows], device=model.rt.device)        # [b, 1]
-    slots = max(row.length for row in rows) + 1
-    for row in rows:
-        row.length += 1
-    return model(tokens, cache.view(slice(0, len(rows)), slots), last=1)[:, -1]
+@dataclass(frozen=True)
+class Draw:
+    """What follows a forward pass, on the device alone: a CUDA graph may hold it."""
+    sampling: Sampling
+    n_tokens: int | None
+    tp: Shard
+
+    def __call__(self, logits: Tensor, uniforms: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, vocab] -> tokens, log-probabilities [b]. Rank 0 draws, or takes a forced token that is
+        not -1, and tells the others."""
+        logits, tp = logits[:, :self.n_tokens], self.tp                         # without the padding's ids
+        tokens = torch.zeros_like(forced)
+        if tp.rank == 0:
+            tokens = torch.where(forced < 0, sample(logits, self.sampling, uniforms), forced)
+        if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding error
+            dist.broadcast(tokens, src=0, group=tp.group)
+        return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
 
 
-def draw(logits: Tensor, rows: list[Row], sampling: Sampling, n_tokens: int | None,
-         tp: Shard) -> tuple[list[int], list[float]]:
-    """Rank 0 draws a token per row of logits [b, vocab] and tells the others; tokens, log-probabilities.
+def chances(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What decides the rows' next tokens besides the logits: uniform numbers, and tokens that are forced."""
+    uniforms = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=device)
+    forced = [row.forced.popleft() if row.forced else -1 for row in rows]
+    return uniforms, torch.tensor(forced, device=device)
+
+
+def read(tokens: Tensor, logprobs: Tensor) -> Iterator[tuple[int, float]]:
+    """Bring what was drawn to the host.
 
     FloatingPointError if a logit is NaN: damaged weights, or an overflow, would otherwise look like text.
     """
-    logits = logits[:, :n_tokens]                                               # without the padding's ids
-    tokens = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    if tp.rank == 0:
-        uniforms = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
-        tokens = sample(logits, sampling, uniforms)
-        for i, row in enumerate(rows):
-            if row.forced:
-                tokens[i] = row.forced.popleft()
-    if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding difference
-        dist.broadcast(tokens, src=0, group=tp.group)
-    logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
+    logprobs = logprobs.tolist()
     if any(map(math.isnan, logprobs)):
         raise FloatingPointError("the model's logits are not numbers: are its weights or its config damaged?")
-    return tokens.tolist(), logprobs
+    return zip(tokens.tolist(), logprobs)
 
 
 def drop_row(rows: list[Row], slot: int, cache: Cache) -> None:
@@ -479,8 +495,9 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
 def runtime(args: argparse.Namespace, cfg: Config, ranks: Ranks, rows: int, max_seq_len: int) -> Runtime:
     auto = "float32" if cfg.dtype == "float32" else "bfloat16"
     fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
-    return Runtime(ranks.device, DTYPES[auto if args.dtype == "auto" else args.dtype], fp8, ranks.tp, rows,
-                   max_seq_len, args.prefill_chunk)
+    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
+    return check(Runtime(ranks.device, dtype, fp8, ranks.tp, rows, max_seq_len, args.prefill_chunk,
+                         args.compile))
 
 
 def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
@@ -567,6 +584,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
                              "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
                              "gemm on GPUs with FP8 tensor cores, else dequant")
+    parser.add_argument("--compile", action="store_true",
+                        help="faster tokens, after up to a minute: C++ code on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk"):

@@ -102,6 +102,37 @@ def widen(q: Tensor) -> Tensor:
     return (bits | (bits + 0x80) & 0x4000).view(torch.float16).float() * 256
 
 
+def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x W^T as a multiply-and-sum: x [..., k], w [..., n, k], an e4m3 w with scale [..., nb, kb] -> [..., n].
+
+    Made for torch.compile, which turns it into one pass over w in the time of reading it, and looks up a
+    matrix of a stack as it goes. Long rows are summed in 4 runs: a CPU starts one before the last has ended.
+    NaN codes do not become NaN here.
+    """
+    if scale is None:
+        runs = 4 if x.shape[-1] >= 2048 and x.shape[-1] % 128 == 0 else 1
+        return (x[..., None, :].float() * w.float()).unflatten(-1, (runs, -1)).sum(-1).sum(-1).to(x.dtype)
+    pad = (0, -x.shape[-1] % BLOCK)                 # an edge block's missing channels are zeros
+    code = F.pad(w.view(torch.uint8), pad).to(torch.int32)      # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
+    w = ((code & 0x7F) << 20 | (code & 0x80) << 24).view(torch.float32)
+    x32 = F.pad(opaque_float(x, 2.0 ** 60), pad)    # half of the way back, so that no product underflows
+    blocks = (x32[..., None, :] * w).unflatten(-1, (-1, BLOCK)).sum(-1)                     # [..., n, kb]
+    scale = (scale * 2.0 ** 60).repeat_interleave(BLOCK, -2)[..., :w.shape[-2], :]
+    return (blocks * scale).sum(-1).to(x.dtype)
+
+
+@torch.library.custom_op("deepseek_r1::opaque_float", mutates_args=())
+def opaque_float(x: Tensor, factor: float) -> Tensor:
+    """x in fp32, times factor, which the compiler may not merge into a loop over e4m3 codes: with 16-bit
+    numbers in it, it does not vectorise the codes' way to fp32 and runs 10 times slower."""
+    return x.float() * factor
+
+
+@opaque_float.register_fake
+def _(x: Tensor, factor: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
 def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """y = A W^T on FP8 operands, every 128-channel partial sum promoted to fp32 (V3 section 3.3.2).
 

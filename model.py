@@ -221,6 +221,7 @@ class Runtime:
     rows: int = 1                           # sequences that the cache holds
     max_seq_len: int = 4096                 # tokens that the cache holds per sequence
     prefill_chunk: int = 2048               # prompt tokens per forward pass; activations grow with this
+    compile: bool = False                   # decode steps as C++ on a CPU, CUDA graphs on a GPU: decode.py
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -379,11 +380,18 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
     return torch.cat(slices, dim=-1)
 
 
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x [..., in], w [out, in] -> x W^T [..., out]. torch.compile makes one token's a single pass over W."""
+    one_token = x.shape[:-1].numel() == 1
+    return kernel.matvec(x, w) if one_token and torch.compiler.is_compiling() else F.linear(x, w)
+
+
 class Linear(nn.Module):
     """y = x W^T + b with this rank's part of W, in the run's dtype or in FP8 with a scale per block.
 
     Sizes are local. Cutting the outputs over ranks needs no communication; cutting the inputs leaves a
-    partial sum, which Block adds up. With `experts` the weight is a stack [e, out, in]; a call names one.
+    partial sum, which Block adds up. With `experts` the weight is a stack [e, out, in], of which a call names
+    one for all tokens or, by a tensor of ids [...], one for each.
     """
 
     def __init__(self, n_in: int, n_out: int, cfg: Config, rt: Runtime, bias: bool = False,
@@ -396,14 +404,19 @@ class Linear(nn.Module):
         scale = torch.empty(blocks, dtype=torch.float32, device="meta") if cfg.fp8 else None
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # [..., in] -> [..., out]
+    def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:     # [..., in] -> [..., out]
         weight, scale = self.weight, self.scale
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
+        if isinstance(expert, Tensor):
+            return kernel.matvec(x, weight, scale)
         if scale is None:
-            return F.linear(x, weight, self.bias)
+            y = product(x, weight)
+            return y if self.bias is None else y + self.bias
         if self.fp8 == "gemm":
             return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
+            return kernel.matvec(x, weight, scale)
         return F.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
     def dequantise(self, dtype: torch.dtype) -> None:
@@ -458,10 +471,13 @@ class GQA(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         keys = step.store(cache[0], apply_rope(k, step.cos, step.sin))          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        q = apply_rope(q, step.cos, step.sin)
+        q, keys, values = (t.transpose(1, 2) for t in (apply_rope(q, step.cos, step.sin), keys, values))
         # softmax(q k^T / sqrt(d)) v, where query head i uses key/value head i // (h/g)
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                           attn_mask=step.mask, enable_gqa=True)
+        if x.shape[1] == 1:     # the h/g heads as queries of one head: SDPA then reads keys and values once
+            o = F.scaled_dot_product_attention(q.view(len(x), keys.shape[1], -1, self.head_dim), keys, values,
+                                               attn_mask=step.mask).view(q.shape)
+        else:
+            o = F.scaled_dot_product_attention(q, keys, values, attn_mask=step.mask, enable_gqa=True)
         return self.wo(o.transpose(1, 2).flatten(2))                            # [b, h/P, s, d] -> [b, s, m]
 
 
@@ -536,10 +552,11 @@ class MLA(nn.Module):
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
         q_c = torch.einsum("bshd,hdc->bshc", q_nope, w_k)                       # W^UK absorbed into the query
-        q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
-        scores = torch.einsum("bshc,btc->bhst", q, latents).float() * self.scale        # over all c+r
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(q.dtype)      # V3 Eq. 10
-        o_c = torch.einsum("bhst,btc->bshc", weights, latents[..., :self.c])    # [b, s, h/P, c]
+        q = torch.cat([q_c, q_pe], dim=-1).flatten(1, 2)                        # [b, s * h/P, c+r]
+        scores = (latents @ q.mT).mT.unflatten(1, q_c.shape[1:3]).float() * self.scale      # [b, s, h/P, t]
+        scores = scores.masked_fill(~mask.transpose(1, 2), -math.inf)
+        weights = scores.softmax(dim=-1).to(q.dtype)                            # V3 Eq. 10
+        o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
         return torch.einsum("bshc,hvc->bshv", o_c, w_v)                         # W^UV applied to the output
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -562,7 +579,7 @@ class MLP(nn.Module):
         self.w2 = Linear(local, cfg.dim, cfg, rt, experts=experts)              # "down_proj"
         self.w3 = Linear(cfg.dim, local, cfg, rt, experts=experts)              # "up_proj"
 
-    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:
         """x [..., m] -> this rank's partial sum [..., m]."""
         inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)                 # [..., f/P]
         return self.w2(inner, expert)
@@ -586,7 +603,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. All in fp32: choices flip on rounding."""
         moe = self.moe
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()             # V3 Eq. 15 [n, e]
+        scores = product(x.float(), self.weight.float()).sigmoid()               # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
         biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
         # V3 section 2.1.2: a group is as good as its K_r/M best experts; R1: 8 chosen from 4 groups, so 2
@@ -616,6 +633,7 @@ class MoE(nn.Module):
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
         self.grouped = cfg.fp8 and rt.fp8 == "gemm" and kernel.path(rt.device) == "triton"
+        self.static = rt.compile
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
@@ -624,6 +642,9 @@ class MoE(nn.Module):
         y = self.shared(tokens).float()                                         # [n, m]
         if self.grouped:
             return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
+        if self.static and x.shape[1] == 1:                 # decode: the host does not ask who was chosen
+            out = self.experts(tokens[:, None], experts)                        # [n, k, m]
+            return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
             n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
             y.index_add_(0, n, weights[n, k, None] * self.experts(tokens[n], expert))       # V3 Eq. 12
@@ -691,7 +712,7 @@ class Transformer(nn.Module):
             x = block(x, step, layer_cache)
         cache.lengths += tokens.shape[1]
         x = self.norm(x if last is None else x[:, -last:])
-        return all_gather(F.linear(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
+        return all_gather(product(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
 
     def _step(self, n_new: int, cache: Cache) -> Step:
         device, slots = cache.lengths.device, cache.layers[0][0].shape[1]

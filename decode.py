@@ -1,0 +1,99 @@
+"""One decode step: a token per row in, the next ones out. A long answer is thousands of these.
+
+    eager       the readable reference: the model's forward pass, then the draw
+    compiled    on a CPU, with Runtime.compile: the forward pass as C++, which uses weights as fast as memory
+                delivers them
+    captured    on a GPU, with Runtime.compile: all of the step as a CUDA graph, one launch, not thousands
+
+The last two need shapes and places that do not change: what goes in is written into buffers that stay where
+they are, positions count on the device (Cache.lengths), and a step reads a power of two of slots, whose empty
+end the mask hides. The host reads back nothing but what was drawn.
+"""
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._dynamo import mark_dynamic
+
+from model import Cache, Runtime, Transformer
+
+# The option lets a product and a sum become one instruction.
+COMPILED = torch.compile(Transformer.forward.__wrapped__,
+                         options={"cpp.enable_floating_point_contract_flag": "fast"})
+
+
+def check(rt: Runtime) -> Runtime:
+    """rt; ValueError if its `compile` cannot work here."""
+    if rt.compile and rt.device.type == "cpu":
+        cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(cxx):
+            raise ValueError(f"--compile needs a C++ compiler, and {cxx!r} is not there: install it, name "
+                             f"another one in the environment variable CXX, or leave --compile out")
+        if rt.tp.size > 1 or rt.fp8 == "gemm":
+            raise ValueError("--compile on a CPU goes with 1 rank, and with --fp8 dequant or bf16; here are "
+                             f"{rt.tp.size} ranks and --fp8 {rt.fp8}")
+    return rt
+
+
+class Decoder:
+    """Steps of the first rows of `cache`. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
+    into tensors, without a look at their values; draws that are equal share a graph."""
+
+    def __init__(self, model: Transformer, cache: Cache):
+        self.model, self.cache, self.rt = model, cache, model.rt
+        self.tokens = torch.zeros(self.rt.rows, 1, dtype=torch.int64, device=self.rt.device)
+        self.chances: list[Tensor] = []
+        self.steps: dict[tuple, Callable] = {}
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int], longest: int, draw: Callable, *chances: Tensor) -> tuple[Tensor, ...]:
+        """Run a token for each of the first rows, the longest of which holds `longest`, and draw the next."""
+        n, slots = len(tokens), longest + 1
+        self.chances = self.chances or [chance.new_zeros(self.rt.rows) for chance in chances]
+        for buffer, values in zip((self.tokens[:, 0], *self.chances), (torch.tensor(tokens), *chances)):
+            buffer[:n] = values
+        if not self.rt.compile:
+            return self.eager(n, slots, draw)()
+        slots = min(max(256, 1 << longest.bit_length()), self.rt.max_seq_len)
+        if (n, slots, draw) not in self.steps:
+            prepare = self.captured if self.rt.device.type == "cuda" else self.compiled
+            self.steps[n, slots, draw] = prepare(n, slots, draw)
+        return self.steps[n, slots, draw]()
+
+    def eager(self, n: int, slots: int, draw: Callable) -> Callable:
+        """The step of n rows as a function without arguments: it works on the buffers."""
+        tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
+        chances = [chance[:n] for chance in self.chances]
+        return lambda: draw(self.model(tokens, view, last=1)[:, -1], *chances)
+
+    def compiled(self, n: int, slots: int, draw: Callable) -> Callable:
+        """The forward pass as C++: one compilation for all lengths of one row, one for all of more rows."""
+        tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
+        buffers = [buffer for layer in view.layers for buffer in layer]
+        for buffer in buffers:
+            mark_dynamic(buffer, 1)
+        for t in (tokens, view.lengths, *buffers) if n > 1 else ():
+            mark_dynamic(t, 0)
+        chances = [chance[:n] for chance in self.chances]
+        return lambda: draw(COMPILED(self.model, tokens, view, last=1)[:, -1], *chances)
+
+    def captured(self, n: int, slots: int, draw: Callable) -> Callable:
+        """The step runs once before its capture, so that libraries get what they keep; its slot is reused."""
+        step, lengths = self.eager(n, slots, draw), self.cache.lengths.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.cache.lengths.copy_(lengths)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            drawn = step()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return drawn
+        return replay

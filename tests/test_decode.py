@@ -1,0 +1,109 @@
+"""Claim: a decode step that is compiled, or that works on the static buffers of a CUDA graph, gives the tokens
+of the eager one; it compiles once for one row and once for more, whatever the prompts; its host looks at nothing.
+
+CUDA graphs themselves are not run: this is what can be shown of them without a GPU.
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import decode
+import kernel
+from convert import Checkpoint, load_model
+from decode import Decoder
+from generate import Draw, Row, Sampling, chances, generate, main
+from model import Cache, Runtime, Shard
+
+DEMO = Path(__file__).parent.parent / "demo"
+PROMPTS = [[7], list(range(3, 90)), [5, 6] * 120, list(range(200, 100, -1)), [9, 8, 7]]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write(folder / "moe", tiny.deepseek())
+    tiny.write(folder / "fp8", tiny.deepseek())
+    tiny.quantise(folder / "fp8")
+    tiny.write(folder / "dense", tiny.qwen2())
+    return folder
+
+
+def complete(model, prompts=PROMPTS, new=30, sampling=Sampling(temperature=0)) -> list[list[int]]:
+    tokens = [[] for _ in prompts]
+    for event in generate(model, prompts, (), new, sampling):
+        tokens[event.prompt] += event.tokens
+    return tokens
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["dense", "moe", "fp8"])
+def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeypatch):
+    """Prompts of 240 tokens and more cross from the bucket of 256 slots into that of 512."""
+    monkeypatch.setattr(Decoder, "compiled", Decoder.eager)
+    for sampling in (Sampling(temperature=0), Sampling(1.0, 0.9, 3)):
+        dynamic, static = (complete(tiny.load(paths / family, rows=rows, max_seq_len=600, compile=compile),
+                                    sampling=sampling) for compile in (False, True))
+        assert static == dynamic
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_a_step_asks_the_device_for_nothing_until_its_draw_is_read(paths, family):
+    model = tiny.load(paths / family, rows=3, compile=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder = Decoder(model, Cache.allocate(model.cfg, model.rt))
+        rows = [Row(0, i, 5, 9, np.random.default_rng(i)) for i in range(3)]
+        with torch.inference_mode():
+            decoder.chances = list(chances(rows, model.rt.device))
+            tokens, _ = decoder.eager(3, 6, Draw(Sampling(), None, Shard()))()
+        with pytest.raises(DataDependentOutputException):
+            tokens.tolist()
+
+
+def test_the_compiled_demo_says_the_same_and_compiles_once_whatever_the_prompts():
+    counters.clear()
+    eager, compiled = (load_model(Checkpoint(DEMO), Runtime(dtype=torch.float32, max_seq_len=700,
+                                                            compile=compile)) for compile in (False, True))
+    for prompts in ([[1, 5, 9, 30, 22, 11]], [[1, 7, 9] * 30, [1, 2]], [[1, 40, 41, 12] * 125]):
+        assert complete(compiled, prompts) == complete(eager, prompts)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_batches_of_all_sizes_share_one_compilation(paths):
+    counters.clear()
+    for rows in (3, 2, 4):
+        eager, compiled = (tiny.load(paths / "dense", rows=rows, max_seq_len=600, compile=compile)
+                           for compile in (False, True))
+        prompts = [PROMPTS[i % 5] for i in range(rows)]
+        assert complete(compiled, prompts) == complete(eager, prompts)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("n, k", [(256, 512), (300, 200), (7, 2176)])
+def test_multiply_and_sum_is_the_product(n, k):
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, k, generator=generator), torch.randn(3, n, k, generator=generator)
+    ids = torch.tensor([[2, 0], [1, 1]])
+    expected = torch.einsum("nk,nehk->neh", x.double(), w.double()[ids])
+    torch.testing.assert_close(kernel.matvec(x[:, None], w[ids]).double(), expected, rtol=1e-5, atol=1e-4)
+    for size in (1.0, 1e-12, 1e9):              # decoding e4m3 by its bits neither under- nor overflows
+        q, scale = (torch.stack(part) for part in zip(*map(kernel.weight_quant, w)))
+        exact = torch.stack([kernel.weight_dequant(*pair, torch.float32) for pair in zip(q, scale)])
+        expected = torch.einsum("nk,nehk->neh", size * x.double(), exact.double()[ids])
+        got = kernel.matvec(size * x[:, None], q[ids], scale[ids]).double()
+        torch.testing.assert_close(got / size, expected / size, rtol=1e-5, atol=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch, capsys):
+    for settings in (dict(fp8="gemm"), dict(tp=Shard(0, 2))):
+        with pytest.raises(ValueError, match="--compile on a CPU goes with 1 rank, and with --fp8 dequant or bf"):
+            decode.check(Runtime(compile=True, **settings))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("generate.py: error: --compile needs a C++ compiler, and 'no-such-compiler'")
+    assert decode.check(Runtime(fp8="gemm")) == Runtime(fp8="gemm")
