@@ -213,13 +213,13 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                 cache.copy_row(sources[0], slot, len(prompt))
             else:
                 prefilled = index, prefill(model, prompt, cache, slot, kept, cancelled)
+                if prefilled[1] is None:
+                    return
             row = Row(index, number, len(prompt), min(max_new_tokens, rt.max_seq_len - len(prompt)),
                       np.random.default_rng((sampling.seed, index, number)), think,
                       Loop() if stop_loops else None)
             if think and think.opening in prompt[-2:]:      # the prompt ends with <think> and a newline
                 row.follow(think.opening)
-            if prefilled[1] is None:                            # cancelled on the way
-                return
             rows[slot:slot + 1] = [row]
             advanced, drawn = [row], draw(prefilled[1], *chances([row], rt.device))
         elif slot < len(rows):                                  # nothing waits: close the gap

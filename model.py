@@ -448,6 +448,24 @@ class Embedding(nn.Module):
 # 5. Grouped-query attention: the distills
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v: q [b, s, h, d], k [b, t, g, d], v [b, t, g, v] -> [b, s, h, v].
+
+    Query head i uses key/value head i // (h/g). Queries go in blocks, which leave out the keys that all of
+    them mask: half of the work of a prompt.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                            # [b, heads, tokens, ..]
+    if q.shape[2] == 1:         # one query: the h/g heads as queries of one head, so that keys are read once
+        o = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v, mask, scale=scale)
+        return o.reshape(len(q), 1, q.shape[1], -1)
+    o, behind = [], k.shape[2] - q.shape[2]                     # a row has at least s slots behind its past
+    for start, block in zip(range(0, q.shape[2], 128), q.split(128, dim=2)):
+        end = start + block.shape[2]
+        keys, values, seen = k[:, :, :behind + end], v[:, :, :behind + end], mask[:, :, start:end, :behind + end]
+        o.append(F.scaled_dot_product_attention(block, keys, values, seen, scale=scale, enable_gqa=True))
+    return torch.cat(o, dim=2).transpose(1, 2)                                  # [b, s, h, v]
+
+
 class GQA(nn.Module):
     """Attention in which h/g query heads share a key/value head (arXiv 2305.13245).
 
@@ -471,14 +489,8 @@ class GQA(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         keys = step.store(cache[0], apply_rope(k, step.cos, step.sin))          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        q, keys, values = (t.transpose(1, 2) for t in (apply_rope(q, step.cos, step.sin), keys, values))
-        # softmax(q k^T / sqrt(d)) v, where query head i uses key/value head i // (h/g)
-        if x.shape[1] == 1:     # the h/g heads as queries of one head: SDPA then reads keys and values once
-            o = F.scaled_dot_product_attention(q.view(len(x), keys.shape[1], -1, self.head_dim), keys, values,
-                                               attn_mask=step.mask).view(q.shape)
-        else:
-            o = F.scaled_dot_product_attention(q, keys, values, attn_mask=step.mask, enable_gqa=True)
-        return self.wo(o.transpose(1, 2).flatten(2))                            # [b, h/P, s, d] -> [b, s, m]
+        o = attend(apply_rope(q, step.cos, step.sin), keys, values, step.mask, self.head_dim ** -0.5)
+        return self.wo(o.flatten(2))                                            # [b, s, h/P, d] -> [b, s, m]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -532,21 +544,20 @@ class MLA(nn.Module):
         c_kv = self.kv_norm(c_kv)               # in no equation: V2 section 3.1.2 adds norms on both latents
         k_pe = apply_rope(k_pe[:, :, None], step.cos, step.sin)[:, :, 0]        # V3 Eq. 3 [b, s, r]
         latents = step.store(cache[0], torch.cat([c_kv, k_pe], dim=-1))         # [b, t, c+r]
-        attend = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
-        o = attend(q_nope, q_pe, latents, step.mask)                            # [b, s, h/P, v]
+        order = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
+        o = order(q_nope, q_pe, latents, step.mask)                            # [b, s, h/P, v]
         return self.wo(o.flatten(2))                                            # V3 Eq. 11 [b, s, m]
 
     def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         """V3 Eq. 10 as written: per-head keys and values from the latents, then ordinary attention."""
         c_kv, k_pe = latents.split([self.c, self.r], dim=-1)
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
-        k_nope = torch.einsum("btc,hdc->bhtd", c_kv, w_k)                       # V3 Eq. 2
-        v = torch.einsum("btc,hvc->bhtv", c_kv, w_v)                            # V3 Eq. 5
-        k_pe = k_pe[:, None].expand(-1, self.heads, -1, -1)                     # one rotary key for all heads
-        k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, h/P, t, d+r]
-        q = torch.cat([q_nope, q_pe], dim=-1).transpose(1, 2)                   # V3 Eq. 9 [b, h/P, s, d+r]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return o.transpose(1, 2)                                                # [b, s, h/P, v]
+        k_nope = torch.einsum("btc,hdc->bthd", c_kv, w_k)                       # V3 Eq. 2
+        v = torch.einsum("btc,hvc->bthv", c_kv, w_v)                            # V3 Eq. 5
+        k_pe = k_pe[:, :, None].expand(-1, -1, self.heads, -1)                  # one rotary key for all heads
+        k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, t, h/P, d+r]
+        q = torch.cat([q_nope, q_pe], dim=-1)                                   # V3 Eq. 9 [b, s, h/P, d+r]
+        return attend(q, k, v, mask, self.scale)                                # [b, s, h/P, v]
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""

@@ -156,12 +156,13 @@ def test_a_first_time_user_needs_no_arguments():
     program = [sys.executable, str(ROOT / "generate.py"), "--temperature", "0"]
     done = subprocess.run([*program, "--prompt", QUESTIONS[0]], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("<think>\n") and r"\boxed{534}" in done.stdout
-    child = pexpect.spawn(program[0], [*program[1:], "--interactive"], encoding="utf-8", timeout=60)
+    child = pexpect.spawn(program[0], [*program[1:], "--interactive"], encoding="utf-8", timeout=60,
+                          env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1"})
     child.expect("Ask it, for example")
-    child.expect(">>> ")
+    child.expect(PROMPT)
     for question, box in ((QUESTIONS[1], "1692"), (QUESTIONS[2], "-362")):      # the second one has a history
-        child.sendline(question)
+        child.send(question + "\r")
         child.expect_exact(rf"\boxed{{{box}}}")
-        child.expect(">>> ")
-    child.sendline("/exit")
+        child.expect(PROMPT)
+    child.send("/exit\r")
     child.expect(pexpect.EOF)
