@@ -473,7 +473,7 @@ def grade_file(plan: Protocol, completions: Path, out: Path, model: str | None =
                "scores": grading.scores(labels),
                **{name: how[name] / len(grades) for name in ("truncated", "unanswered", "fallback")},
                "mixed": sum(grade["mixed"] for grade in grades) / len(grades),
-               "grader time-outs": verifier.timeouts, "finish reasons": dict(sorted(reasons.items())),
+               "grader time-outs": len(verifier.hung), "finish reasons": dict(sorted(reasons.items())),
                "questions": questions}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "grades.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in grades))
