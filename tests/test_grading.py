@@ -112,7 +112,7 @@ def test_classes_join_equal_answers_and_the_gold_is_class_0(verifier):
 
 
 def test_classes_do_not_depend_on_the_samples_order(verifier):
-    answers = ["x>-3", r"(-3,\infty)", "5", "7"]            # of the first two, math-verify takes one as gold only
+    answers = ["x>-3", r"(-3,\infty)", "5", "7"]            # math-verify joins the first two one way only
     for order in itertools.permutations(answers):
         labels = grading.classes(order, "5", lambda a, b: grading.same("math", a, b, verifier))
         groups = dict(zip(order, labels))

@@ -12,6 +12,7 @@ import logging
 import math
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -45,23 +46,26 @@ def last_box(text: str) -> str | None:
     for match in re.finditer(r"\\.|[{}]", text[start:] if start >= 0 else "", re.DOTALL):    # \{ is a letter
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[start:start + match.start()].strip() or None
+            inside = text[start:start + match.start()]
+            return re.sub(r"(?:(?<!\\)\\?\s)+$", "", inside).strip() or None      # "\ " is a blank, too
     return None
 
 
-LINE = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?(?![a-z])")    # simple-evals'; no word's start
-BOLD = re.compile(r"(?i)\*\*Answer[ \t]*:?\*\*[ \t]*:?[ \t]*\$?\(?([A-D])(?![a-z])")
-LETTER = re.compile(r"\(?([A-D])(?:[).:]|$)")
+# A letter ends where no word goes on; a small one, or it were the word "a", where the line ends.
+ANSWER = re.compile(r"(?im)Answer([ \t*]*:(?:[ \t*$({\\]|\\(?:text|math)\w*)*)"
+                    r"((?-i:[A-D])(?!\w)|[a-d](?=[\W_]*$))")
+LETTER = re.compile(r"(?i)\(?([A-D])(?:[).:]|$)")
 
 
 def choice(text: str) -> tuple[str | None, str]:
-    """(letter, rule that found it): the last "Answer: C", else \\boxed{C} or **Answer:** C, "fallback"."""
-    if lines := LINE.findall(text):
-        return lines[-1].upper(), "line"
-    if match := LETTER.match(plain(last_box(text) or "")):
-        return match[1], "fallback"
-    bold = BOLD.findall(text)
-    return (bold[-1].upper(), "fallback") if bold else (None, "unanswered")
+    """(letter, rule that found it): the last simple-evals "line", Answer: C; or a "fallback".
+
+    That is such a line in Markdown or LaTeX, like **Answer:** C, or \\boxed{C}.
+    """
+    if lines := ANSWER.findall(text):
+        return lines[-1][1].upper(), "line" if re.fullmatch(r"[ \t]*:[ \t]*\$?", lines[-1][0]) else "fallback"
+    match = LETTER.match(plain(last_box(text) or ""))
+    return (match[1].upper(), "fallback") if match else (None, "unanswered")
 
 
 def extract(kind: str, text: str, thinks: bool = True) -> tuple[str | None, str]:
@@ -100,9 +104,13 @@ def plain(answer: str) -> str:
     return " ".join(answer.split()).removesuffix(".")
 
 
+UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}\d]+\}(?:\^\{?\d\}?)?(?=[\s$.]*$)")
+INTEGER = re.compile(r"(?:[^=a-zA-Z]*[a-zA-Z][^=]*=)?\s*\{?\s*\+?0*(\d{1,3})(?:\^\{?\\circ\}?)?\s*\}?")
+
+
 def integer(answer: str) -> int | None:
-    """An AIME answer, 0 to 999, leading zeros and "n =" allowed; None if it is anything else."""
-    match = re.fullmatch(r"0*(\d{1,3})(?:\^\{?\\circ\}?)?", plain(answer).rpartition("=")[2].strip())
+    """An AIME answer, 0 to 999; leading zeros, "n =" and a unit are allowed. None if it is anything else."""
+    match = INTEGER.fullmatch(plain(UNIT.sub("", answer)))
     return int(match[1]) if match else None
 
 
@@ -155,8 +163,7 @@ def serve(seconds: float) -> None:
     """The worker: reads [gold, answer] from standard input, writes true or false, until the input ends."""
     from math_verify import LatexExtractionConfig, parse, verify
     logging.disable(logging.CRITICAL)               # it warns that time-outs are off; the limit is ours
-    with contextlib.suppress(ImportError, ValueError):      # a tower of powers eats memory, too: 4 GiB
-        import resource                                     # Windows has none, macOS may refuse
+    with contextlib.suppress(ValueError):           # a tower of powers eats memory, too; macOS may refuse
         resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))
 
     def parsed(answer: str) -> list:
