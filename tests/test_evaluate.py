@@ -399,7 +399,9 @@ def test_a_server_is_sampled_with_retries_and_resumed_to_the_same_bytes(api, tmp
     assert "HTTP 400: 'the context is too long' (try 1)" in capsys.readouterr().err
     assert len(read(tmp_path / "b/completions.jsonl.part")) == 4        # the settings, and three samples
     before = len(StandIn.requests)
-    assert run(*args, "--resume", "--out", tmp_path / "b") == 0 and len(StandIn.requests) == before + 9
+    assert run(*args, "--resume", "--out", tmp_path / "b") == 0
+    again = {body["seed"] for body in StandIn.requests[before:]}
+    assert len(again) == 9 and again < {body["seed"] for body in sent}          # without the three samples
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -420,6 +422,11 @@ def test_the_report_has_both_errors_beside_the_published_figures(demo, tmp_path,
     assert text == capsys.readouterr().out and "| 41.7 | 8.33 | 30.05 | 50.4 | 43.9 |" in text
     assert (tmp_path / "report/report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "report").iterdir())) == 3
+    from matplotlib import pyplot
+    (axes,) = pyplot.gcf().axes                                         # the bars have caps, and say what they are
+    assert [bar.get_label() for bar in axes.containers] == [f"± 1 standard error, {of}" for of in
+                                                            ("question", "rerun")]
+    assert all(caps for _, caps, _ in axes.containers)
 
 
 def test_a_vote_is_compared_with_cons_64_only_at_64_samples(tmp_path):

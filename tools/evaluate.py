@@ -21,16 +21,15 @@ import http.client
 import json
 import os
 import platform
-import queue
 import random
 import re
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+FIRST = int(os.environ.get("RANK", 0)) == 0     # of torchrun's ranks: the one that reads, writes and speaks
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import demo_task  # noqa: E402
@@ -260,24 +260,26 @@ def run(args: argparse.Namespace) -> None:
     if (out := args.out / "completions.jsonl").exists():
         if not args.resume or (args.out / "results.json").exists():
             raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
-        plan = read_gradable(args)          # what was interrupted is the grading
-        compare(out, settings(args, plan))
-        return grade_file(plan, out, args.out, args) if int(os.environ.get("RANK", 0)) == 0 else None
-    if args.api:
+        compare(out, settings(args, plan := read_gradable(args)))       # the grading was interrupted
+    elif args.api:
         plan = read_gradable(args)
-        results, wanted = begin(args, plan, {"engine": "api"}, {"thinking": not args.no_thinking})
-        sample_from_api(args, plan, wanted, results)
-        return grade_file(plan, results.out, args.out, args)
+        sample_from_api(args, plan, *begin(args, plan, {"engine": "api"}, {"thinking": not args.no_thinking}))
+    else:
+        plan = sample_from_checkpoint(args)
+    if FIRST:
+        grade_file(plan, out, args.out, args)
+
+
+def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
+    """Samples on all ranks; rank 0 returns what was asked."""
     ranks = Ranks.start(args.device)
-    first = ranks.tp.rank == 0
-    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if first else (None,) * 4)
+    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if FIRST else (None,) * 4)
     runtime, call = ranks.share(call)
     model = ranks.together(lambda: load_model(
         Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
-    records = [{"prompt": text} for text in plan.prompts()] if first else []
+    records = [{"prompt": text} for text in plan.prompts()] if FIRST else []
     run_batch(generate(model, **call), len(call["wanted"]), chat, records, results)
-    if first:
-        grade_file(plan, results.out, args.out, args)
+    return plan
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
@@ -350,28 +352,21 @@ def write_json(path: Path, value) -> None:
 TRIES, WAIT = 6, 1.0                    # of a request; seconds before the second, doubled for each later one
 
 
-def sample_from_api(args: argparse.Namespace, plan: Protocol, wanted: list, results: Results) -> None:
+def sample_from_api(args: argparse.Namespace, plan: Protocol, results: Results, wanted: list) -> None:
     """Completes `wanted` over args.concurrency connections. An error that tries do not mend ends the run."""
-    prompts, done = plan.prompts(), queue.SimpleQueue()
-    pairs = iter(wanted)                # shared: each thread takes the next
+    prompts = plan.prompts()
 
-    def work() -> None:
-        for index, sample in pairs:
-            seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
-            try:
-                answer = complete(args, prompts[index], seed)
-                done.put({"index": index, "sample": sample, "prompt": prompts[index], **answer})
-            except ValueError as error:
-                return done.put(error)
+    def work(pair: tuple[int, int]) -> dict:
+        index, sample = pair
+        seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
+        answer = complete(args, prompts[index], seed)
+        return {"index": index, "sample": sample, "prompt": prompts[index], **answer}
 
     results.open()
-    for _ in range(args.concurrency):
-        threading.Thread(target=work, daemon=True).start()      # daemons do not outlive an interruption
-    for _ in tqdm(range(len(wanted)), desc="sample", unit="sample"):
-        if isinstance(record := done.get(), ValueError):
-            wanted.clear()              # the other threads find no next one
-            raise record
-        results.add(record)
+    with ThreadPool(args.concurrency) as pool:      # its threads do not outlive an interruption
+        answers = pool.imap_unordered(work, wanted)
+        for record in tqdm(answers, desc="sample", total=len(wanted), unit="sample"):
+            results.add(record)
     results.finish()
 
 
@@ -614,18 +609,18 @@ def plot(rows: list[dict], path: Path) -> None:
     def column(key: str) -> list[float]:
         return [np.nan if row[key] is None else row[key] for row in rows]
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 1.8 + 0.5 * len(rows)), layout="constrained")
     y = range(len(rows))
     for key, width in (("question error", 1), ("rerun error", 4)):
         axes.errorbar(column("pass@1"), y, xerr=column(key), fmt="o", color="C0", linewidth=width, capsize=4,
-                      label=f"{key}, ± 1 standard error")
+                      label=f"± 1 standard error, {key.split()[0]}")
     axes.plot(column("published"), y, "D", color="C1", label="published")
     axes.plot(column("open-r1"), y, "x", color="C2", label="open-r1")
     axes.set_yticks(y, [f"{row['model']}\n{row['task']}, {row['questions']} x {row['k']}" for row in rows])
     axes.set(xlabel="pass@1, per cent", ylim=(len(rows) - 0.5, -0.5))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside lower center", ncols=2)
     draft = path.with_name(path.name + ".part")
-    pyplot.savefig(draft, format="png", dpi=120)
+    figure.savefig(draft, format="png", dpi=120)
     os.replace(draft, path)
 
 
@@ -713,16 +708,16 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, first = parse_args(argv), int(os.environ.get("RANK", 0)) == 0
+    args = parse_args(argv)
     try:
         args.work(args)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        if first:                       # all ranks know of it; one says it
+        if FIRST:                       # all ranks know of it; one says it
             print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if first:
+        if FIRST:
             print("\ninterrupted; --resume goes on from what is done", file=sys.stderr)
         return 130
     finally:
