@@ -97,20 +97,23 @@ def test_prompts_have_one_bos_and_one_open_think(demo, tmp_path, monkeypatch):
         assert text == f"<｜User｜>{question.text}\n{evaluate.BOXED}<｜Assistant｜><think>\n"
 
 
-def begun(folder: Path, demo: Path, **changes) -> None:
-    """A run as an interruption leaves it, five of 24 samples done."""
-    made = json.loads((demo / "run.json").read_text()) | changes
-    folder.mkdir()
-    evaluate.write_json(folder / "run.json", made)
-    head = {key: made[key] for key in made.keys() - {"thinking", "batch size", "software"}}
-    lines = (demo / "completions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    part = json.dumps(head) + "\n" + "".join(lines[7:2:-1]) + lines[20][:50]
-    (folder / "completions.jsonl.part").write_text(part, encoding="utf-8")
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A run that was interrupted after five of 24 samples, and while it wrote a sixth."""
+    def add(results, record, whole=evaluate.Results.add):
+        if len(results.records) == 5:
+            raise KeyboardInterrupt
+        whole(results, record)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Results, "add", add)
+        assert run(*DEMO, "--out", tmp_path / "run") == 130
+    with open(tmp_path / "run/completions.jsonl.part", "a") as part:
+        part.write('{"index": 7, "sam')
+    return tmp_path / "run"
 
 
-def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, tmp_path):
-    out = tmp_path / "resumed"
-    begun(out, demo)
+def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, begun, tmp_path):
+    out = begun
     assert run(*DEMO, "--out", out) == 2 and not (out / "results.json").exists()        # not without --resume
     assert run(*DEMO, "--seed", "1", "--resume", "--out", out) == 2     # nor with another seed
     assert run(*DEMO, "--resume", "--out", out) == 0
@@ -124,13 +127,13 @@ def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, tmp_pa
         assert run(*DEMO, *more, "--out", out) == 2
 
 
-def test_a_resumed_run_may_have_another_batch_size_and_lists_the_software_of_each_start(demo, tmp_path):
-    old = [{"code sha256": "0", "python": "3.0"}]
-    begun(tmp_path / "run", demo, software=old)
-    assert run(*DEMO, "--batch-size", "5", "--resume", "--out", tmp_path / "run") == 0
-    made, now = result(tmp_path / "run")["run"], result(demo)["run"]["software"]
+def test_a_resumed_run_may_have_another_batch_size_and_lists_the_software_of_each_start(demo, begun):
+    old, now = [{"code sha256": "0", "python": "3.0"}], result(demo)["run"]["software"]
+    evaluate.write_json(begun / "run.json", json.loads((begun / "run.json").read_text()) | {"software": old})
+    assert run(*DEMO, "--batch-size", "5", "--resume", "--out", begun) == 0
+    made = result(begun)["run"]
     assert made["software"] == old + now and made["batch size"] == 5
-    assert (tmp_path / "run/completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
+    assert (begun / "completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
 
 
 def test_a_run_that_was_interrupted_while_grading_resumes_there(demo, tmp_path, monkeypatch):
@@ -221,13 +224,12 @@ def test_grades_of_foreign_completions_have_versions(tmp_path):
 
 
 def test_a_csv_field_may_hold_any_line_separator(tmp_path):
-    text = "one\u2028two\x0cthree\x85four\nfive"
+    row = {**GPQA[0], "Question": "one\u2028two\x0cthree\x85four", "Correct Answer": "five\r\nsix"}
     with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = evaluate.csv.DictWriter(file, list(GPQA[0]))
         writer.writeheader()
-        writer.writerow({**GPQA[0], "Question": text})
-    (row,) = evaluate.read_rows(tmp_path / "gpqa.csv")
-    assert row == {**GPQA[0], "Question": text}
+        writer.writerow(row)
+    assert evaluate.read_rows(tmp_path / "gpqa.csv") == [row]
 
 
 def test_fewer_samples_than_k_and_samples_of_other_prompts_are_refused(tmp_path, capsys):
