@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import demo_task  # noqa: E402
 import evaluate  # noqa: E402
+import tasks  # noqa: E402
 
 DEMO = ["run", "--task", "demo", "--k", "3", "--limit", "8", "--batch-size", "24", "--dtype", "float32",
         "--fp8", "bf16"]
@@ -64,7 +65,7 @@ def demo(tmp_path_factory):
 
 def test_the_demo_is_asked_held_out_questions_in_r1s_format_and_graded(demo):
     results, completions = result(demo), read(demo / "completions.jsonl")
-    problems = evaluate.demo_questions(8)
+    problems = tasks.demo_questions(8)
     grades = [demo_task.grade(row["text"], problems[row["index"]].gold)[0] for row in completions]
     assert len(grades) == 24 and any(grades)
     assert results["scores"]["pass@1"] == pytest.approx(sum(grades) / 24)
@@ -91,10 +92,10 @@ def test_prompts_have_one_bos_and_one_open_think(demo, tmp_path, monkeypatch):
     assert run(*DEMO, "--prompt", "boxed", "--out", tmp_path / "run") == 0
     tokenizer = evaluate.Tokenizer(ROOT / "demo")
     bos, think = tokenizer.token_id(tokenizer.bos), tokenizer.token_id("<think>")
-    for ids, question in zip(prompts, evaluate.demo_questions(8), strict=True):
+    for ids, question in zip(prompts, tasks.demo_questions(8), strict=True):
         assert ids.count(bos) == ids.count(think) == 1 and ids[0] == bos
         text = tokenizer.decode(ids)
-        assert text == f"<｜User｜>{question.text}\n{evaluate.BOXED}<｜Assistant｜><think>\n"
+        assert text == f"<｜User｜>{question.text}\n{tasks.BOXED}<｜Assistant｜><think>\n"
 
 
 @pytest.fixture
@@ -153,6 +154,16 @@ def test_two_ranks_complete_as_one(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
     assert result(tmp_path)["run"]["ranks"] == 2
+
+
+def test_the_codes_hash_covers_the_evaluation(monkeypatch, tmp_path):
+    data, read = write(tmp_path / "aime.jsonl", AIME), []
+    monkeypatch.setattr(evaluate, "sample_from_api", lambda *_: None)
+    monkeypatch.setattr(evaluate, "grade_file", lambda *_: None)
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or whole(path))
+    assert run("run", "--task", data, "--api", "http://localhost:1", "--model", "m", "--out", tmp_path) == 0
+    assert {"model.py", "generate.py", "evaluate.py", "tasks.py", "grading.py", "demo_task.py"} < {*read}
 
 
 def test_the_checkpoints_hash_is_of_its_bytes(tmp_path):
@@ -226,10 +237,10 @@ def test_grades_of_foreign_completions_have_versions(tmp_path):
 def test_a_csv_field_may_hold_any_line_separator(tmp_path):
     row = {**GPQA[0], "Question": "one\u2028two\x0cthree\x85four", "Correct Answer": "five\r\nsix"}
     with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = evaluate.csv.DictWriter(file, list(GPQA[0]))
+        writer = tasks.csv.DictWriter(file, list(GPQA[0]))
         writer.writeheader()
         writer.writerow(row)
-    assert evaluate.read_rows(tmp_path / "gpqa.csv") == [row]
+    assert tasks.read_rows(tmp_path / "gpqa.csv") == [row]
 
 
 def test_fewer_samples_than_k_and_samples_of_other_prompts_are_refused(tmp_path, capsys):
@@ -274,7 +285,7 @@ def test_choices_are_shuffled_for_each_sample_and_letters_are_turned_back(suffix
         parquet.write_table(table.from_pylist(GPQA), data)
     elif suffix == "csv":
         with open(data, "w", newline="") as file:
-            writer = evaluate.csv.DictWriter(file, list(GPQA[0]))
+            writer = tasks.csv.DictWriter(file, list(GPQA[0]))
             writer.writeheader()
             writer.writerows(GPQA)
     else:
@@ -294,7 +305,7 @@ def test_choices_are_shuffled_for_each_sample_and_letters_are_turned_back(suffix
         assert result(out)["scores"]["pass@1"] == pytest.approx(expected)
     for row, prompt in zip(read(out / "grades.jsonl"), prompts):                # the order is stored
         shown = [line[3:] for line in prompt.splitlines()[-4:]]
-        options = [GPQA[int(row["id"]) - 1][key].strip() for key in ("Correct Answer", *evaluate.WRONG)]
+        options = [GPQA[int(row["id"]) - 1][key].strip() for key in ("Correct Answer", *tasks.WRONG)]
         assert shown == [options[i] for i in row["order"]] and row["answer"] == str(row["order"][0])
 
 
@@ -394,7 +405,7 @@ def test_a_server_is_sampled_with_retries_and_resumed_to_the_same_bytes(api, tmp
     assert len({body["seed"] for body in sent}) == 12                           # no two samples share a seed
     wanted = dict(temperature=0.6, top_p=0.95, max_tokens=32768, path="/v1/chat/completions")
     assert all(body[key] == wanted[key] for body in sent for key in wanted)
-    assert sent[0]["messages"] == [{"role": "user", "content": f"{AIME[0]['problem']}\n{evaluate.BOXED}"}]
+    assert sent[0]["messages"] == [{"role": "user", "content": f"{AIME[0]['problem']}\n{tasks.BOXED}"}]
 
     StandIn.failures += [(200, StandIn.answer(None, sent[0]))] * 3 + [(400, b"the context is too long")]
     assert run(*args, "--concurrency", 1, "--out", tmp_path / "b") == 2
@@ -425,7 +436,7 @@ def test_the_report_has_both_errors_beside_the_published_figures(demo, tmp_path,
     assert (tmp_path / "report/report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "report").iterdir())) == 3
     from matplotlib import pyplot
-    (axes,) = pyplot.gcf().axes                                         # the bars have caps, and say what they are
+    (axes,) = pyplot.gcf().axes                                 # the bars have caps, and say what they are
     assert [bar.get_label() for bar in axes.containers] == [f"± 1 standard error, {of}" for of in
                                                             ("question", "rerun")]
     assert all(caps for _, caps, _ in axes.containers)
