@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import demo_task  # noqa: E402
 import evaluate  # noqa: E402
+import tasks  # noqa: E402
 
 DEMO = ["run", "--task", "demo", "--k", "3", "--limit", "8", "--batch-size", "24", "--dtype", "float32",
         "--fp8", "bf16"]
@@ -64,7 +65,7 @@ def demo(tmp_path_factory):
 
 def test_the_demo_is_asked_held_out_questions_in_r1s_format_and_graded(demo):
     results, completions = result(demo), read(demo / "completions.jsonl")
-    problems = evaluate.demo_questions(8)
+    problems = tasks.demo_questions(8)
     grades = [demo_task.grade(row["text"], problems[row["index"]].gold)[0] for row in completions]
     assert len(grades) == 24 and any(grades)
     assert results["scores"]["pass@1"] == pytest.approx(sum(grades) / 24)
@@ -76,9 +77,11 @@ def test_the_demo_is_asked_held_out_questions_in_r1s_format_and_graded(demo):
     for key, value in dict(temperature=0.6, top_p=0.95, seed=0, k=3, template="{question}", dtype="float32",
                            task="demo", ranks=1).items():
         assert made[key] == value
-    for key in ("checkpoint sha256", "chat template sha256", "template sha256", "data sha256", "code sha256"):
+    for key in ("checkpoint sha256", "chat template sha256", "template sha256", "data sha256"):
         assert len(made[key]) == 64
-    assert made["versions"]["torch"] and len(results["grader"]["grading.py sha256"]) == 64
+    (software,) = made["software"]
+    assert software["torch"] and len(software["code sha256"]) == 64
+    assert len(results["grader"]["grading.py sha256"]) == 64
 
 
 def test_prompts_have_one_bos_and_one_open_think(demo, tmp_path, monkeypatch):
@@ -89,18 +92,29 @@ def test_prompts_have_one_bos_and_one_open_think(demo, tmp_path, monkeypatch):
     assert run(*DEMO, "--prompt", "boxed", "--out", tmp_path / "run") == 0
     tokenizer = evaluate.Tokenizer(ROOT / "demo")
     bos, think = tokenizer.token_id(tokenizer.bos), tokenizer.token_id("<think>")
-    for ids, question in zip(prompts, evaluate.demo_questions(8), strict=True):
+    for ids, question in zip(prompts, tasks.demo_questions(8), strict=True):
         assert ids.count(bos) == ids.count(think) == 1 and ids[0] == bos
         text = tokenizer.decode(ids)
-        assert text == f"<｜User｜>{question.text}\n{evaluate.BOXED}<｜Assistant｜><think>\n"
+        assert text == f"<｜User｜>{question.text}\n{tasks.BOXED}<｜Assistant｜><think>\n"
 
 
-def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, tmp_path):
-    made, out = json.loads((demo / "run.json").read_text()), tmp_path / "resumed"
-    out.mkdir()
-    lines = (demo / "completions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    part = out / "completions.jsonl.part"
-    part.write_text(json.dumps(made) + "\n" + "".join(lines[7:2:-1]) + lines[20][:50], encoding="utf-8")
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A run that was interrupted after five of 24 samples, and while it wrote a sixth."""
+    def add(results, record, whole=evaluate.Results.add):
+        if len(results.records) == 5:
+            raise KeyboardInterrupt
+        whole(results, record)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Results, "add", add)
+        assert run(*DEMO, "--out", tmp_path / "run") == 130
+    with open(tmp_path / "run/completions.jsonl.part", "a") as part:
+        part.write('{"index": 7, "sam')
+    return tmp_path / "run"
+
+
+def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, begun, tmp_path):
+    out = begun
     assert run(*DEMO, "--out", out) == 2 and not (out / "results.json").exists()        # not without --resume
     assert run(*DEMO, "--seed", "1", "--resume", "--out", out) == 2     # nor with another seed
     assert run(*DEMO, "--resume", "--out", out) == 0
@@ -110,7 +124,27 @@ def test_a_run_that_is_resumed_or_graded_again_gives_the_same_bytes(demo, tmp_pa
     assert run(*again, "--out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "results.json").read_bytes() == (demo / "results.json").read_bytes()
     assert run(*again, "--prompt", "boxed") == 2 and run(*again, "--k", "2") == 2
-    assert run(*DEMO, "--out", out) == 2                                # results are not overwritten
+    for more in ([], ["--resume"]):                                     # results are not overwritten
+        assert run(*DEMO, *more, "--out", out) == 2
+
+
+def test_a_resumed_run_may_have_another_batch_size_and_lists_the_software_of_each_start(demo, begun):
+    old, now = [{"code sha256": "0", "python": "3.0"}], result(demo)["run"]["software"]
+    evaluate.write_json(begun / "run.json", json.loads((begun / "run.json").read_text()) | {"software": old})
+    assert run(*DEMO, "--batch-size", "5", "--resume", "--out", begun) == 0
+    made = result(begun)["run"]
+    assert made["software"] == old + now and made["batch size"] == 5
+    assert (begun / "completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
+
+
+def test_a_run_that_was_interrupted_while_grading_resumes_there(demo, tmp_path, monkeypatch):
+    shutil.copytree(demo, tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()
+    monkeypatch.setattr(evaluate, "load_model", None)                   # nothing is loaded
+    assert run(*DEMO, "--out", tmp_path / "run") == 2                   # not without --resume
+    assert run(*DEMO, "--seed", 1, "--resume", "--out", tmp_path / "run") == 2
+    assert run(*DEMO, "--resume", "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run/results.json").read_bytes() == (demo / "results.json").read_bytes()
 
 
 def test_two_ranks_complete_as_one(demo, tmp_path):
@@ -120,6 +154,16 @@ def test_two_ranks_complete_as_one(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
     assert result(tmp_path)["run"]["ranks"] == 2
+
+
+def test_the_codes_hash_covers_the_evaluation(monkeypatch, tmp_path):
+    data, read = write(tmp_path / "aime.jsonl", AIME), []
+    monkeypatch.setattr(evaluate, "sample_from_api", lambda *_: None)
+    monkeypatch.setattr(evaluate, "grade_file", lambda *_: None)
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or whole(path))
+    assert run("run", "--task", data, "--api", "http://localhost:1", "--model", "m", "--out", tmp_path) == 0
+    assert {"model.py", "generate.py", "evaluate.py", "tasks.py", "grading.py", "demo_task.py"} < {*read}
 
 
 def test_the_checkpoints_hash_is_of_its_bytes(tmp_path):
@@ -154,6 +198,49 @@ def test_aime_is_recognised_and_graded_as_integers_with_truncated_samples_apart(
     assert results["truncated"] == pytest.approx(2 / 6) and results["unanswered"] == pytest.approx(1 / 6)
     assert results["mixed"] == pytest.approx(1 / 6) and results["run"] is None
     assert "| 79.8 |" in capsys.readouterr().err                        # R1's published figure beside it
+
+
+def test_an_engine_that_drops_the_reasoning_is_asked_about_and_graded_as_it_is(tmp_path, capsys):
+    data = write(tmp_path / "aime.jsonl", AIME)
+    texts = [["\\boxed{4}"], ["r</think>\\boxed{25}"], ["\\boxed{203}"]]
+    grade = ["grade", "--task", data, "--k", 1, "--out", tmp_path, "--completions"]
+    assert run(*grade, completions(tmp_path / "c.jsonl", texts, finish_reason="stop")) == 0
+    assert result(tmp_path)["truncated"] == pytest.approx(2 / 3)
+    assert "2 samples ended by themselves without </think>" in capsys.readouterr().err
+    assert run(*grade, tmp_path / "c.jsonl", "--no-thinking") == 0
+    assert result(tmp_path)["truncated"] == 0 and result(tmp_path)["scores"]["pass@1"] == pytest.approx(2 / 3)
+    assert run(*grade, completions(tmp_path / "c.jsonl", texts, finish_reason="length"), "--no-thinking") == 0
+    assert "by themselves" not in capsys.readouterr().err
+
+
+def test_a_model_is_named_for_its_published_figures(demo, tmp_path, capsys):
+    file = completions(tmp_path / "c.jsonl", [["t</think>\\boxed{4}"]] * 3)
+    grade = ["grade", "--task", write(tmp_path / "aime.jsonl", AIME), "--completions", file, "--k", 1]
+    assert run(*grade) == 0 and result(tmp_path)["model"] == tmp_path.name
+    error = capsys.readouterr().err
+    assert f"no published figures for {tmp_path.name!r}" in error and "DeepSeek-R1-Distill-Qwen-7B" in error
+    assert run(*grade, "--model", "DeepSeek-R1") == 0 and "79.8" in (error := capsys.readouterr().err)
+    assert "no published" not in error
+    run_file = demo / "completions.jsonl"                               # --model counts before run.json's
+    assert run("grade", "--task", "demo", "--completions", run_file, "--model", "m", "--out", tmp_path) == 0
+    assert result(tmp_path)["model"] == "m" and "no published" not in capsys.readouterr().err
+
+
+def test_grades_of_foreign_completions_have_versions(tmp_path):
+    file = completions(tmp_path / "c.jsonl", [["t</think>\\boxed{4}"]] * 2)
+    data = write(tmp_path / "math.jsonl", MATH)
+    assert run("grade", "--task", data, "--completions", file, "--k", 1) == 0
+    assert result(tmp_path)["grader"].keys() == {"grading.py sha256", "python", "numpy", "math-verify",
+                                                 "latex2sympy2_extended", "sympy"}
+
+
+def test_a_csv_field_may_hold_any_line_separator(tmp_path):
+    row = {**GPQA[0], "Question": "one\u2028two\x0cthree\x85four", "Correct Answer": "five\r\nsix"}
+    with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = tasks.csv.DictWriter(file, list(GPQA[0]))
+        writer.writeheader()
+        writer.writerow(row)
+    assert tasks.read_rows(tmp_path / "gpqa.csv") == [row]
 
 
 def test_fewer_samples_than_k_and_samples_of_other_prompts_are_refused(tmp_path, capsys):
@@ -198,7 +285,7 @@ def test_choices_are_shuffled_for_each_sample_and_letters_are_turned_back(suffix
         parquet.write_table(table.from_pylist(GPQA), data)
     elif suffix == "csv":
         with open(data, "w", newline="") as file:
-            writer = evaluate.csv.DictWriter(file, list(GPQA[0]))
+            writer = tasks.csv.DictWriter(file, list(GPQA[0]))
             writer.writeheader()
             writer.writerows(GPQA)
     else:
@@ -218,7 +305,7 @@ def test_choices_are_shuffled_for_each_sample_and_letters_are_turned_back(suffix
         assert result(out)["scores"]["pass@1"] == pytest.approx(expected)
     for row, prompt in zip(read(out / "grades.jsonl"), prompts):                # the order is stored
         shown = [line[3:] for line in prompt.splitlines()[-4:]]
-        options = [GPQA[int(row["id"]) - 1][key].strip() for key in ("Correct Answer", *evaluate.WRONG)]
+        options = [GPQA[int(row["id"]) - 1][key].strip() for key in ("Correct Answer", *tasks.WRONG)]
         assert shown == [options[i] for i in row["order"]] and row["answer"] == str(row["order"][0])
 
 
@@ -233,12 +320,15 @@ def test_livecodebench_programs_go_out_unexecuted_in_its_graders_order(tmp_path,
     assert run("export", "--task", data, "--out", tmp_path / "prompts.jsonl") == 0
     prompts = [row["prompt"] for row in read(tmp_path / "prompts.jsonl")]
     assert len(prompts) == 2                                                    # within R1's window
+    assert "each to be completed 16 times" in capsys.readouterr().err           # and `import` wants as many
     assert "# YOUR CODE HERE" in prompts[0] and "```python\nclass S:\n```" in prompts[1]
     trace = tmp_path / "executed"
     program = f"open({str(trace)!r}, 'w')\n"
     file = completions(tmp_path / "c.jsonl", [
         [f"```\nno\n```</think>First\n```python\nold\n```\nthen\n```python\n{program}```\n", "```\nno\n```"],
         ["t</think>no code", f"t</think>```\n{program}"]])
+    assert run("import", "--task", data, "--completions", file, "--out", codes) == 2
+    assert "4 of 32 samples" in capsys.readouterr().err
     assert run("import", "--task", data, "--completions", file, "--k", 2, "--out", codes) == 0
     assert json.loads(codes.read_text()) == [["", ""], [program, ""]] and not trace.exists()    # a2 before b1
     assert "truncated 1, without code 2" in capsys.readouterr().err
@@ -284,6 +374,24 @@ def api(monkeypatch):
     server.server_close()
 
 
+def test_a_server_that_drops_or_ends_in_reasoning_is_told_from_one_that_was_cut_off(api, tmp_path, capsys):
+    data = write(tmp_path / "aime.jsonl", AIME)
+    args = ["run", "--task", data, "--api", api, "--model", "m", "--k", 1, "--concurrency", 1, "--out"]
+
+    def replies(*messages):
+        StandIn.failures[:] = [(200, {"choices": [{"message": message, "finish_reason": "stop"}]})
+                               for message in messages]
+
+    replies({"reasoning_content": "I add.", "content": ""}, {"content": "\\boxed{25}"}, {"content": ""})
+    assert run(*args, tmp_path / "a") == 0
+    how = [row["how"] for row in read(tmp_path / "a/grades.jsonl")]
+    assert how == ["unanswered", "truncated", "truncated"]
+    assert "2 samples ended by themselves" in capsys.readouterr().err
+    replies({"reasoning_content": "I add.", "content": ""}, {"content": "\\boxed{25}"}, {"content": ""})
+    assert run(*args, tmp_path / "b", "--no-thinking") == 0
+    assert [row["how"] for row in read(tmp_path / "b/grades.jsonl")] == ["unanswered", "box", "unanswered"]
+
+
 def test_a_server_is_sampled_with_retries_and_resumed_to_the_same_bytes(api, tmp_path, capsys):
     data = write(tmp_path / "aime.jsonl", AIME)
     args = ["run", "--task", data, "--api", api, "--model", "DeepSeek-R1-Distill-Qwen-7B", "--k", 4]
@@ -297,14 +405,16 @@ def test_a_server_is_sampled_with_retries_and_resumed_to_the_same_bytes(api, tmp
     assert len({body["seed"] for body in sent}) == 12                           # no two samples share a seed
     wanted = dict(temperature=0.6, top_p=0.95, max_tokens=32768, path="/v1/chat/completions")
     assert all(body[key] == wanted[key] for body in sent for key in wanted)
-    assert sent[0]["messages"] == [{"role": "user", "content": f"{AIME[0]['problem']}\n{evaluate.BOXED}"}]
+    assert sent[0]["messages"] == [{"role": "user", "content": f"{AIME[0]['problem']}\n{tasks.BOXED}"}]
 
     StandIn.failures += [(200, StandIn.answer(None, sent[0]))] * 3 + [(400, b"the context is too long")]
     assert run(*args, "--concurrency", 1, "--out", tmp_path / "b") == 2
     assert "HTTP 400: 'the context is too long' (try 1)" in capsys.readouterr().err
     assert len(read(tmp_path / "b/completions.jsonl.part")) == 4        # the settings, and three samples
     before = len(StandIn.requests)
-    assert run(*args, "--resume", "--out", tmp_path / "b") == 0 and len(StandIn.requests) == before + 9
+    assert run(*args, "--resume", "--out", tmp_path / "b") == 0
+    again = {body["seed"] for body in StandIn.requests[before:]}
+    assert len(again) == 9 and again < {body["seed"] for body in sent}          # without the three samples
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -318,18 +428,46 @@ def test_the_report_has_both_errors_beside_the_published_figures(demo, tmp_path,
     assert run("report", demo, tmp_path / "aime", "--out", tmp_path / "report") == 0
     rows = json.loads((tmp_path / "report/report.json").read_text())
     assert [row["published"] for row in rows] == [None, 50.4] and rows[1]["open-r1"] == 43.9
-    assert rows[1]["pass@1"] == pytest.approx(500 / 12) and rows[1]["published cons@64"] == 80.0
+    assert rows[1]["pass@1"] == pytest.approx(500 / 12) and rows[1]["published cons@64"] is None
+    assert [row["sampling"] for row in rows] == ["0.6/0.95/1000", "unknown"]
     assert rows[1]["rerun error"] == pytest.approx(100 * (0.25 * 0.75 / 3) ** 0.5 / 3)
     text = (tmp_path / "report/report.md").read_text()
     assert text == capsys.readouterr().out and "| 41.7 | 8.33 | 30.05 | 50.4 | 43.9 |" in text
     assert (tmp_path / "report/report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "report").iterdir())) == 3
+    from matplotlib import pyplot
+    (axes,) = pyplot.gcf().axes                                 # the bars have caps, and say what they are
+    assert [bar.get_label() for bar in axes.containers] == [f"± 1 standard error, {of}" for of in
+                                                            ("question", "rerun")]
+    assert all(caps for _, caps, _ in axes.containers)
 
 
-def test_published_figures_are_those_of_the_readme():
-    models = evaluate.PUBLISHED["models"]
-    assert models["DeepSeek-R1"]["aime24"]["pass@1"] == 79.8 and sum("Distill" in m for m in models) == 6
-    assert all(task in evaluate.TASKS for tasks in models.values() for task in tasks)
+def test_a_vote_is_compared_with_cons_64_only_at_64_samples(tmp_path):
+    data = write(tmp_path / "aime.jsonl", AIME)
+    for k, published in ((63, None), (64, 80.0)):
+        file = completions(tmp_path / "c.jsonl", [["t</think>\\boxed{4}"] * k] * 3)
+        assert run("grade", "--task", data, "--completions", file, "--k", k, "--out", tmp_path,
+                   "--model", "DeepSeek-R1-Distill-Llama-8B") == 0
+        assert evaluate.row_of(result(tmp_path))["published cons@64"] == published
+
+
+# AIME 2024's pass@1, cons@64 and open-r1's pass@1; MATH-500's pass@1 and open-r1's; GPQA Diamond's, likewise
+FIGURES = {"DeepSeek-R1": (79.8, None, None, 97.3, None, 71.5, None),
+           "DeepSeek-R1-Distill-Qwen-1.5B": (28.9, 52.7, 30.7, 83.9, 83.1, 33.8, 35.8),
+           "DeepSeek-R1-Distill-Qwen-7B": (55.5, 83.3, 50.8, 92.8, 94.5, 49.1, 50.5),
+           "DeepSeek-R1-Distill-Qwen-14B": (69.7, 80.0, 65.9, 93.9, 94.1, 59.1, 61.5),
+           "DeepSeek-R1-Distill-Qwen-32B": (72.6, 83.3, 69.7, 94.3, 95.6, 62.1, 63.1),
+           "DeepSeek-R1-Distill-Llama-8B": (50.4, 80.0, 43.9, 89.1, 88.6, 49.0, 46.7),
+           "DeepSeek-R1-Distill-Llama-70B": (70.0, 86.7, 63.0, 94.5, 95.1, 65.2, 67.4)}
+
+
+def test_published_figures_are_those_of_the_two_readmes():
+    columns = [("aime24", key) for key in ("pass@1", "cons@64", "open-r1")]
+    columns += [(task, key) for task in ("math500", "gpqa") for key in ("pass@1", "open-r1")]
+    assert evaluate.PUBLISHED["models"].keys() == FIGURES.keys()
+    for model, expected in FIGURES.items():
+        found = [evaluate.figures(f"org/{model.lower()}", task).get(key) for task, key in columns]
+        assert found == [*expected]
 
 
 BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
@@ -340,6 +478,7 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["run", "--task", "aime24", "--api", "localhost:80", "--model", "m"], "http://"),
        (["run", "--task", "aime24", "--api", "http://localhost:1"], "--model"),
        (["run", "--task", "aime24", "--ckpt-path", "demo"], "HuggingFaceH4/aime_2024"),
+       (["run", "--task", "demo", "--no-thinking"], "--no-thinking goes with --api"),
        (["run", "--task", "CODE", "--ckpt-path", "demo"], "executes generated code"),
        (["export", "--task", "no such task"], "neither a file nor one of demo, aime24"),
        (["export", "--task", "DATA", "--prompt", "nice"], "nice"),

@@ -6,6 +6,8 @@ standard errors with simulated reruns.
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,21 +37,46 @@ def test_the_golden_file_grades_to_fixed_results(verifier):
             wrong.append((row, answer, how, labels))
     assert not wrong and len(rows) >= 100
     assert {row["kind"] for row in rows} == {"integer", "math", "choice", "exact"}
-    assert verifier.timeouts == 1                           # the tower of powers; what follows it is graded
+    assert verifier.hung == {"9^{9^{9^{9}}}"}               # the tower of powers; what follows it is graded
 
 
-def test_a_hanging_verdict_costs_its_worker_and_nothing_else():
+TOWER = "10^{10^{10^{10}}}"
+
+
+def test_a_hanging_answer_costs_its_worker_once_and_nothing_else():
     verifier = grading.MathVerifier(seconds=2)
-    assert verifier.equal("4", "2^2") and verifier.timeouts == 0
-    worker = verifier.process.pid
-    assert not verifier.equal("4", "10^{10^{10^{10}}}") and verifier.timeouts == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)                                  # killed, and collected
+    assert verifier.equal("4", "2^2") and not verifier.hung
+    worker = verifier.process
+    assert not verifier.equal("4", TOWER) and verifier.hung == {TOWER}
+    assert worker.returncode == -signal.SIGPROF             # ended by its own limit, and collected
     assert verifier.equal("4", "\\sqrt{16}") and not verifier.equal("4", "\\sqrt{17}")
+    worker = verifier.process
+    assert not verifier.equal("5", TOWER) and not verifier.equal(TOWER, "x") and verifier.equal(TOWER, TOWER)
+    assert verifier.process is worker and verifier.hung == {TOWER}              # it was not tried again
     verifier.process.kill()                                 # as the kernel does when memory runs out
-    assert not verifier.equal("4", "8/2") and verifier.timeouts == 2
+    assert not verifier.equal("4", "8/2") and verifier.hung == {TOWER, "8/2"}
     assert verifier.equal("5", "10/2")
     verifier.close()
+
+
+def test_a_worker_ends_though_its_parent_was_killed_while_it_hung():
+    program = f"""if True:
+        import grading, json, time
+        verifier = grading.MathVerifier(seconds=2)
+        assert verifier.equal("4", "2^2")
+        verifier.process.stdin.write(json.dumps(["4", "{TOWER}"]) + chr(10))
+        verifier.process.stdin.flush()
+        print(verifier.process.pid, flush=True)
+        time.sleep(600)"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT / "tools", text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker = int(parent.stdout.readline())
+    try:
+        parent.kill()
+        parent.communicate(timeout=60)                      # the worker has its standard error, to the end
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.parametrize("text, box", [
@@ -82,6 +109,17 @@ def test_classes_join_equal_answers_and_the_gold_is_class_0(verifier):
     answers = ["074", "74", "7a", "7a."]
     labels = grading.classes(answers, "73", lambda a, b: grading.same("integer", a, b, None))
     assert labels == [1, 1, 2, 2]
+
+
+def test_classes_do_not_depend_on_the_samples_order(verifier):
+    answers = ["x>-3", r"(-3,\infty)", "5", "7"]            # math-verify joins the first two one way only
+    for order in itertools.permutations(answers):
+        labels = grading.classes(order, "5", lambda a, b: grading.same("math", a, b, verifier))
+        groups = dict(zip(order, labels))
+        assert groups["5"] == 0 and groups["x>-3"] == groups[r"(-3,\infty)"] != groups["7"]
+        assert 0 not in (groups["x>-3"], groups["7"])
+    labels = grading.classes(["x>-3"], r"(-3,\infty)", lambda a, b: grading.same("math", a, b, verifier))
+    assert labels == [1]                                    # against the gold, one way only
 
 
 def test_pass_at_j_is_the_share_of_draws_with_a_right_one():

@@ -1,36 +1,32 @@
 """R1's evaluation protocol: sample k answers to each question, grade them, report pass@1 with its errors.
 
     python tools/evaluate.py run --task demo --k 16 --out DIR               the demo on its own task, offline
-    python tools/evaluate.py run --task aime24 --data FILE --ckpt-path R1-7B --out DIR     (or by torchrun)
+    python tools/evaluate.py run --task aime24 --data FILE --ckpt-path DIR --model NAME --out DIR
     python tools/evaluate.py run --task aime24 --data FILE --api URL --model NAME --out DIR
-    python tools/evaluate.py grade --task aime24 --data FILE --completions FILE.jsonl --out DIR
+    python tools/evaluate.py grade --task aime24 --data FILE --completions FILE.jsonl --model NAME --out DIR
     python tools/evaluate.py report DIR... --out REPORT                     beside the published figures
     python tools/evaluate.py export --task livecodebench --data FILE --out prompts.jsonl
     python tools/evaluate.py import --task livecodebench --data FILE --completions FILE.jsonl --out codes.json
 
 Data files have the layout in which each set is published, as JSONL, CSV or parquet; nothing is fetched. No
 generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are what R1's
-report fixes: temperature 0.6, top-p 0.95, 32,768 tokens, 64 samples, no system prompt. Its prompts for
-mathematics are not published, so ours have names. How answers are graded is in grading.py. Times and dates
-stay out of all files: the same seed gives the same bytes.
+report fixes: temperature 0.6, top-p 0.95, 32,768 tokens, 64 samples, no system prompt. Questions and prompts
+are in tasks.py, how answers are graded in grading.py. Times and dates stay out of all files: the same seed
+gives the same bytes.
 """
 import argparse
-import csv
 import hashlib
 import http.client
 import json
 import os
 import platform
-import queue
-import random
 import re
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -38,246 +34,53 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+FIRST = int(os.environ.get("RANK", 0)) == 0     # of torchrun's ranks: the one that reads, writes and speaks
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import demo_task  # noqa: E402
 import grading  # noqa: E402
 import kernel  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
-from chat import BOXED, Chat, Tokenizer  # noqa: E402
+from chat import Chat, Tokenizer  # noqa: E402
 from convert import COMPANIONS, Checkpoint, Parser, load_model  # noqa: E402
 from generate import Ranks, Sampling, generate  # noqa: E402
 from model import DTYPES, Runtime, Transformer  # noqa: E402
+from tasks import (PROMPTS, TASKS, Protocol, Question, read_gradable, read_jsonl, read_protocol,  # noqa: E402
+                   sha256)
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Tasks and prompts
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark and the columns of its published layout."""
-    kind: str                           # how it is graded: exact, integer, math, choice (grading.py); code
-    prompt: str                         # default of PROMPTS
-    source: str
-    question: str = ""
-    gold: str = ""
-    id: str = ""                        # "": the row's number
-    more: tuple[str, ...] = ()          # columns that tell this layout from the others
-    max_new_tokens: int = 32_768        # R1's own limit
-
-
-WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-TASKS = {
-    "demo": Task("exact", "bare", "tools/demo_task.py", max_new_tokens=1000),
-    "aime24": Task("integer", "boxed", "HuggingFaceH4/aime_2024", "problem", "answer", "id", ("url", "year")),
-    "math500": Task("math", "boxed", "HuggingFaceH4/MATH-500", "problem", "answer", "unique_id",
-                    ("solution",)),
-    "gpqa": Task("choice", "simple-evals", "gpqa_diamond of Idavidrein/gpqa", "Question", "Correct Answer",
-                 more=WRONG),
-    "livecodebench": Task("code", "livecodebench", "livecodebench/code_generation_lite", "question_content",
-                          id="question_id", more=("starter_code", "contest_date"))}
-WINDOW = "2024-08-01", "2025-01-31"     # contest_date of LiveCodeBench's problems in R1's report
-PROMPTS = {
-    "bare": "{question}",
-    "boxed": "{question}\n" + BOXED,    # R1's README
-    "lighteval":
-        "Solve the following math problem efficiently and clearly. The last line of your response should be "
-        "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
-        "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think "
-        "step by step before answering.\n\n{question}",
-    "simple-evals":
-        "Answer the following multiple choice question. The last line of your response should be of the "
-        "following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by "
-        "step before answering.\n\n{question}",
-    "livecodebench":
-        "You will be given a question (problem specification) and will generate a correct Python program "
-        "that matches the specification and passes all tests.\n\n### Question:\n{question}\n\n### Answer: "
-        "(use the provided format with backticks)\n\n"}
-CODE = "{text}\n\n### Format: {how}\n```python\n{starter}\n```"
-WITH_STARTER = ("You will use the following starter code to write the solution to the problem and enclose "
-                "your code within delimiters.")
-WITHOUT = ("Read the inputs from stdin solve the problem and write the answer to stdout (do not directly "
-           "test on the sample inputs). Enclose your code within delimiters as follows. Ensure that when the "
-           "python program runs, it reads the inputs, runs the algorithm and writes output to STDOUT.")
-
-
-@dataclass(frozen=True)
-class Question:
-    id: str
-    text: str
-    gold: str = ""
-    options: tuple[str, ...] = ()       # of a multiple choice, as published: the right one first
-
-    def order(self, sample: int) -> list[int]:
-        """Which option stands at A, B, C, D in a sample's prompt: by a hash, so the same everywhere."""
-        return sorted(range(len(self.options)), key=lambda option: sha256(f"{sample} {option} {self.text}"))
-
-    def prompt(self, template: str, sample: int) -> str:
-        options = "\n".join(f"{letter}) {self.options[i]}" for letter, i in zip("ABCD", self.order(sample)))
-        return template.replace("{question}", self.text + ("\n\n" + options if options else ""))
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is asked, how, and how often. Completions carry generate()'s index of a prompt, and sample."""
-    task: str
-    questions: list[Question]
-    prompt: str                         # key of PROMPTS
-    k: int
-
-    @property
-    def kind(self) -> str:
-        return TASKS[self.task].kind
-
-    def prompts(self) -> list[str]:
-        """One a question; of a multiple choice k, because each sample sees another order of the options."""
-        samples = range(self.k if self.kind == "choice" else 1)
-        return [q.prompt(PROMPTS[self.prompt], sample) for q in self.questions for sample in samples]
-
-    def wanted(self) -> list[tuple[int, int]]:
-        """(index of the prompt, sample number), k for each question in turn."""
-        samples = range(1 if self.kind == "choice" else self.k)
-        return [(i, sample) for i in range(len(self.prompts())) for sample in samples]
-
-    def describe(self) -> dict:
-        questions = json.dumps([[q.id, q.text, q.gold, *q.options] for q in self.questions])
-        template = PROMPTS[self.prompt]
-        return {"task": self.task, "questions": len(self.questions), "k": self.k, "prompt": self.prompt,
-                "template": template, "template sha256": sha256(template), "data sha256": sha256(questions)}
-
-
-def sha256(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
-
-
-def read_protocol(args: argparse.Namespace) -> Protocol:
-    """The task's questions, from a data file or the demo's generator. ValueError names file and row."""
-    name, path = (args.task, args.data) if args.task in TASKS else ("", Path(args.task))
-    if name == "demo":
-        questions = demo_questions(args.limit or 100)
-    elif path is None:
-        raise ValueError(f"--task {name} needs --data FILE: {TASKS[name].source}, as published, in JSONL, "
-                         "CSV or parquet; nothing is downloaded")
-    elif not name and not path.is_file():
-        raise ValueError(f"--task {path}: neither a file nor one of {', '.join(TASKS)}")
-    else:
-        rows = read_rows(path)
-        name = name or recognise(path, rows[0])
-        numbered = [(n, row) for n, row in enumerate(rows, 1) if name != "livecodebench"
-                    or WINDOW[0] <= str(row.get("contest_date"))[:10] <= WINDOW[1]]
-        questions = [read_question(name, row, n, f"{path}, row {n}") for n, row in numbered]
-        if not questions:
-            raise ValueError(f"{path}: no row has a contest_date from {WINDOW[0]} to {WINDOW[1]}")
-    return Protocol(name, questions[:args.limit], args.prompt or TASKS[name].prompt, args.k)
-
-
-def read_gradable(args: argparse.Namespace) -> Protocol:
-    if (plan := read_protocol(args)).kind == "code":
-        raise ValueError(f"{plan.task}: grading executes generated code, which this tool does not do; use "
-                         "`export`, any engine, `import` and LiveCodeBench's own grader")
-    return plan
-
-
-def demo_questions(n: int) -> list[Question]:
-    """The first n different held-out problems of the demo's task, mixed as in its training."""
-    rng, found = random.Random("evaluate"), {}
-    while len(found) < n:
-        problem = demo_task.make(rng, heldout=True)
-        found.setdefault(problem.question, problem.answer)
-    return [Question(str(i), text, answer) for i, (text, answer) in enumerate(found.items(), 1)]
-
-
-def read_rows(path: Path) -> list[dict]:
-    if path.suffix == ".csv":
-        try:
-            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True)))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
-    elif path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except ImportError:
-            raise ValueError(f"{path}: parquet needs `pip install pyarrow`; or convert it to JSONL") from None
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: not a parquet file: {error}") from None
-    else:
-        rows = read_jsonl(path)
-    if not rows:
-        raise ValueError(f"{path}: holds no row")
-    return rows
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}") from None
-    return rows
-
-
-def recognise(path: Path, row: dict) -> str:
-    layouts = {name: {t.question, t.gold, t.id, *t.more} - {""} for name, t in TASKS.items() if t.question}
-    for name, columns in layouts.items():
-        if columns <= row.keys():
-            return name
-    known = "; ".join(f"{name} has {', '.join(sorted(columns))}" for name, columns in layouts.items())
-    raise ValueError(f"{path}: columns {', '.join(map(str, row))} are no known layout: {known}")
-
-
-def read_question(name: str, row: dict, number: int, where: str) -> Question:
-    def column(key: str, empty: bool = False) -> str:
-        value = row.get(key)
-        if not isinstance(value, (str, int)) or not (empty or str(value).strip()):
-            raise ValueError(f"{where}: {key!r} is {value!r}; {name} needs a text there")
-        return str(value).strip()
-
-    task = TASKS[name]
-    text, identifier = column(task.question), column(task.id) if task.id else str(number)
-    if task.kind == "code":
-        starter = column("starter_code", empty=True)
-        return Question(identifier, CODE.format(text=text, how=WITH_STARTER if starter else WITHOUT,
-                                                starter=starter or "# YOUR CODE HERE"))
-    gold = column(task.gold)
-    if task.kind == "choice":
-        return Question(identifier, text, "0", (gold, *map(column, WRONG)))
-    if task.kind == "integer" and grading.integer(gold) is None:
-        raise ValueError(f"{where}: {task.gold!r} is {gold!r}; it must be an integer from 0 to 999")
-    if task.kind == "math":             # the gold of lighteval: the box of the solution
-        gold = grading.last_box(column("solution", empty=True)) or gold
-    return Question(identifier, text, gold)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 2. run: samples from a checkpoint, or from a server
+# 1. run: samples from a checkpoint, or from a server
 
 
 def run(args: argparse.Namespace) -> None:
     if (out := args.out / "completions.jsonl").exists():
-        raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
-    if args.api:
+        if not args.resume or (args.out / "results.json").exists():
+            raise ValueError(f"{out}: complete; `grade` grades it again, a new run needs another --out")
+        compare(out, settings(args, plan := read_gradable(args)))       # the grading was interrupted
+    elif args.api:
         plan = read_gradable(args)
-        results, wanted = begin(args, plan, {"engine": "api", "model": args.model, "thinking": True})
-        sample_from_api(args, plan, wanted, results)
-        return grade_file(plan, results.out, args.out)
+        sample_from_api(args, plan, *begin(args, plan, {"engine": "api"}, {"thinking": not args.no_thinking}))
+    else:
+        plan = sample_from_checkpoint(args)
+    if FIRST:
+        grade_file(plan, out, args.out, args)
+
+
+def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
+    """Samples on all ranks; rank 0 returns what was asked."""
     ranks = Ranks.start(args.device)
-    first = ranks.tp.rank == 0
-    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if first else (None,) * 4)
+    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if FIRST else (None,) * 4)
     runtime, call = ranks.share(call)
     model = ranks.together(lambda: load_model(
         Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
-    records = [{"prompt": text} for text in plan.prompts()] if first else []
+    records = [{"prompt": text} for text in plan.prompts()] if FIRST else []
     run_batch(generate(model, **call), len(call["wanted"]), chat, records, results)
-    if first:
-        grade_file(plan, results.out, args.out)
+    return plan
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
     """Rank 0's part before weights are read, and the arguments of Runtime and generate() on all ranks."""
     plan, checkpoint, chat = read_gradable(args), Checkpoint(args.ckpt_path), Chat(Tokenizer(args.ckpt_path))
-    cfg, most = checkpoint.cfg, max_new_tokens(args)
+    cfg, most = checkpoint.cfg, args.max_new_tokens
     checkpoint.plan(Transformer(cfg, Runtime(tp=ranks.tp)))
     prompts = [chat.encode([{"role": "user", "content": text}]) for text in plan.prompts()]
     longest = max(map(len, prompts))
@@ -290,10 +93,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
     fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
-        "engine": "generate.py", "model": args.model or args.ckpt_path.resolve().name,
-        "thinking": chat.thinks(template), "checkpoint sha256": hash_files(checkpoint),
-        "chat template": template, "chat template sha256": sha256(template), "dtype": dtype, "fp8": fp8,
-        "device": device, "ranks": ranks.tp.size, "batch size": args.batch_size})
+        "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint), "dtype": dtype, "fp8": fp8,
+        "chat template": template, "chat template sha256": sha256(template), "device": device,
+        "ranks": ranks.tp.size}, {"thinking": chat.thinks(template), "batch size": args.batch_size})
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
     runtime = dict(dtype=DTYPES[dtype], fp8=fp8, max_seq_len=longest + most,
@@ -301,10 +103,6 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
     return plan, chat, results, (runtime, dict(
         prompts=prompts, stop_ids=chat.tokenizer.stop_ids, max_new_tokens=most, wanted=wanted,
         sampling=Sampling(args.temperature, args.top_p, args.seed), n_tokens=chat.tokenizer.n_tokens))
-
-
-def max_new_tokens(args: argparse.Namespace) -> int:
-    return args.max_new_tokens or (TASKS[args.task] if args.task in TASKS else Task).max_new_tokens
 
 
 def hash_files(checkpoint: Checkpoint) -> str:
@@ -318,18 +116,28 @@ def hash_files(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def begin(args: argparse.Namespace, plan: Protocol, engine: dict) -> tuple[Results, list[tuple[int, int]]]:
-    """The run's folder and run.json, which says what is made there; results so far, pairs still to sample."""
+def settings(args: argparse.Namespace, plan: Protocol) -> dict:
+    return {**plan.describe(), "model": args.model, "temperature": args.temperature, "top_p": args.top_p,
+            "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+
+
+def begin(args: argparse.Namespace, plan: Protocol, engine: dict,
+          more: dict) -> tuple[Results, list[tuple[int, int]]]:
+    """The run's folder and run.json, which says what is made there; results so far, pairs still to sample.
+
+    --resume compares settings and engine, but not `more`, nor software: that of every start is recorded.
+    """
     grading.grader_version(plan.kind)       # what grading needs must be there before hours of sampling
-    code = b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))
-    made = {**plan.describe(), **engine, "temperature": args.temperature, "top_p": args.top_p,
-            "max_new_tokens": max_new_tokens(args), "seed": args.seed, "code sha256": sha256(code),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__}}
+    tools = (Path(__file__).with_name(f"{name}.py") for name in ("evaluate", "tasks", "grading", "demo_task"))
+    files = *sorted(ROOT.glob("*.py")), *tools
+    software = {"code sha256": sha256(b"".join(path.read_bytes() for path in files)),
+                "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     args.out.mkdir(parents=True, exist_ok=True)
-    out = args.out / "completions.jsonl"
+    made, out = settings(args, plan) | engine, args.out / "completions.jsonl"
     results = Results(out, made, args.resume)
-    write_json(out.with_name("run.json"), made)
+    starts = read_run(out).get("software", []) if args.resume else []
+    starts += [software] * (software not in starts)
+    write_json(out.with_name("run.json"), {**made, **more, "software": starts})
     return results, [pair for pair in plan.wanted() if pair not in results.records]
 
 
@@ -340,28 +148,21 @@ def write_json(path: Path, value) -> None:
 TRIES, WAIT = 6, 1.0                    # of a request; seconds before the second, doubled for each later one
 
 
-def sample_from_api(args: argparse.Namespace, plan: Protocol, wanted: list, results: Results) -> None:
+def sample_from_api(args: argparse.Namespace, plan: Protocol, results: Results, wanted: list) -> None:
     """Completes `wanted` over args.concurrency connections. An error that tries do not mend ends the run."""
-    prompts, done = plan.prompts(), queue.SimpleQueue()
-    pairs = iter(wanted)                # shared: each thread takes the next
+    prompts = plan.prompts()
 
-    def work() -> None:
-        for index, sample in pairs:
-            seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
-            try:
-                answer = complete(args, prompts[index], seed)
-                done.put({"index": index, "sample": sample, "prompt": prompts[index], **answer})
-            except ValueError as error:
-                return done.put(error)
+    def work(pair: tuple[int, int]) -> dict:
+        index, sample = pair
+        seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
+        answer = complete(args, prompts[index], seed)
+        return {"index": index, "sample": sample, "prompt": prompts[index], **answer}
 
     results.open()
-    for _ in range(args.concurrency):
-        threading.Thread(target=work, daemon=True).start()      # daemons do not outlive an interruption
-    for _ in tqdm(range(len(wanted)), desc="sample", unit="sample"):
-        if isinstance(record := done.get(), ValueError):
-            wanted.clear()              # the other threads find no next one
-            raise record
-        results.add(record)
+    with ThreadPool(args.concurrency) as pool:      # its threads do not outlive an interruption
+        answers = pool.imap_unordered(work, wanted)
+        for record in tqdm(answers, desc="sample", total=len(wanted), unit="sample"):
+            results.add(record)
     results.finish()
 
 
@@ -369,7 +170,7 @@ def complete(args: argparse.Namespace, prompt: str, seed: int) -> dict:
     """Text and finish_reason from an OpenAI-compatible server. ValueError after the last try."""
     url = args.api.rstrip("/") + "/chat/completions"
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
-            "temperature": args.temperature, "top_p": args.top_p, "max_tokens": max_new_tokens(args)}
+            "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -391,18 +192,18 @@ def read_reply(reply: bytes) -> dict:
     """A server that splits reasoning off gets it back in front, so that one rule grades all engines."""
     try:
         choice = json.loads(reply)["choices"][0]
-        message = choice["message"]
+        message, reason = choice["message"], choice.get("finish_reason")
         text = message.get("content") or ""
         if reasoning := message.get("reasoning_content") or message.get("reasoning"):   # vLLM: old, new
-            text = f"{reasoning}\n{grading.END_THINK}\n\n{text}" if text else reasoning
+            text = f"{reasoning}\n{grading.END_THINK}\n\n{text}" if text or reason == "stop" else reasoning
         text = text.encode(errors="replace").decode()       # half of a surrogate pair could not be written
-        return {"text": text, "finish_reason": choice.get("finish_reason")}
+        return {"text": text, "finish_reason": reason}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {reply[:200]!r}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. grade, export, import
+# 2. grade, export, import
 
 
 def read_object(path: Path) -> dict:
@@ -420,13 +221,17 @@ def read_run(completions: Path) -> dict:
 
 def grade(args: argparse.Namespace) -> None:
     made = read_run(args.completions)
-    args.k, args.prompt = args.k or made.get("k", 64), args.prompt or made.get("prompt")
+    args.k, args.prompt = args.k or made.get("k"), args.prompt or made.get("prompt")
     args.limit = args.limit or made.get("questions")
     plan = read_gradable(args)
-    for key, value in plan.describe().items():
-        if made.get(key, value) != value:
-            raise ValueError(f"{args.completions}: made with {key} {made[key]!r}, not {value!r}")
-    grade_file(plan, args.completions, args.out or args.completions.parent, args.model)
+    compare(args.completions, plan.describe())
+    grade_file(plan, args.completions, args.out or args.completions.parent, args)
+
+
+def compare(completions: Path, asked: dict) -> None:
+    for key, made in read_run(completions).items():
+        if made != (value := asked.get(key, made)):
+            raise ValueError(f"{completions}: made with {key} {made!r}, not {value!r}")
 
 
 def read_completions(path: Path, plan: Protocol) -> list[dict]:
@@ -452,13 +257,15 @@ def read_completions(path: Path, plan: Protocol) -> list[dict]:
     return [rows[pair] for pair in wanted]
 
 
-def grade_file(plan: Protocol, completions: Path, out: Path, model: str | None = None) -> None:
+def grade_file(plan: Protocol, completions: Path, out: Path, args: argparse.Namespace) -> None:
     """Writes grades.jsonl, a line a sample, and results.json; a summary goes to standard error."""
     made, rows, k = read_run(completions), read_completions(completions, plan), plan.k
+    model = args.model or made.get("model", completions.resolve().parent.name)
+    thinks = made.get("thinking", True) and not args.no_thinking
     version, verifier = grading.grader_version(plan.kind), grading.MathVerifier()
     grades, labels, questions = [], [], []
     for i, question in enumerate(tqdm(plan.questions, desc="grade", unit="question")):
-        of = [grade_sample(plan.kind, question, sample, row["text"], made.get("thinking", True))
+        of = [grade_sample(plan.kind, question, sample, row["text"], thinks)
               for sample, row in enumerate(rows[i * k:(i + 1) * k])]
         labels.append(grading.classes([g["answer"] for g in of], question.gold,
                                       lambda gold, answer: grading.same(plan.kind, gold, answer, verifier)))
@@ -468,17 +275,25 @@ def grade_file(plan: Protocol, completions: Path, out: Path, model: str | None =
     verifier.close()
     how = Counter(grade["how"] for grade in grades)
     reasons = Counter(str(row.get("finish_reason")) for row in rows)
-    results = {"model": made.get("model", model), "protocol": plan.describe(), "run": made or None,
+    results = {"model": model, "protocol": plan.describe(), "run": made or None, "thinking": thinks,
                "completions sha256": sha256(completions.read_bytes()), "grader": version,
                "scores": grading.scores(labels),
                **{name: how[name] / len(grades) for name in ("truncated", "unanswered", "fallback")},
                "mixed": sum(grade["mixed"] for grade in grades) / len(grades),
-               "grader time-outs": verifier.timeouts, "finish reasons": dict(sorted(reasons.items())),
+               "grader time-outs": len(verifier.hung), "finish reasons": dict(sorted(reasons.items())),
                "questions": questions}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "grades.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in grades))
     write_json(out / "results.json", results)
     print(table([row_of(results)]), file=sys.stderr)
+    ended = sum(grade["how"] == "truncated" and row.get("finish_reason") == "stop"
+                for grade, row in zip(grades, rows))
+    if ended and made.get("engine") != "generate.py":
+        print(f"{ended} samples ended by themselves without </think>: does the engine drop the reasoning? "
+              "--no-thinking grades them as they are", file=sys.stderr)
+    if any(plan.task in tasks for tasks in PUBLISHED["models"].values()) and not figures(model, plan.task):
+        print(f"no published figures for {model!r}; --model takes {', '.join(PUBLISHED['models'])}",
+              file=sys.stderr)
 
 
 def grade_sample(kind: str, question: Question, sample: int, text: str, thinks: bool) -> dict:
@@ -519,33 +334,41 @@ def import_codes(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. report
+# 3. report
 
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 NOTES = """
-In per cent. Rerun error: standard error of sampling the same questions again. Question error: of other
-questions from the same source; it does not fall with k. A vote counts classes of equal answers; samples
-without an answer do not vote; a tie counts as the chance of the right class.
+In per cent. Sampling: temperature/top-p/most new tokens. Rerun error: standard error of sampling the same
+questions again. Question error: of other questions from the same source; it does not fall with k. A vote
+counts classes of equal answers; samples without an answer do not vote; a tie counts as the chance of the
+right class.
 
 Published: {source}. open-r1: {rerun}.
 """
 
 
+def figures(model: str, task: str) -> dict:
+    """What is published of a model, whose name counts without its organisation and in any case."""
+    known = {name.lower(): tasks for name, tasks in PUBLISHED["models"].items()}
+    return known.get(model.rpartition("/")[2].lower(), {}).get(task, {})
+
+
 def row_of(results: dict) -> dict:
     """What the report says of one results.json, in per cent; None where there is no such figure."""
-    asked, scores = results["protocol"], results["scores"]
-    name, cons = str(results["model"]).rpartition("/")[2].lower(), f"cons@{asked['k']}"
-    known = {model.lower(): tasks for model, tasks in PUBLISHED["models"].items()}
-    published = known.get(name, {}).get(asked["task"], {})
+    asked, scores, made = results["protocol"], results["scores"], results["run"]
+    published = figures(results["model"], asked["task"])
+    sampling = "{temperature}/{top_p}/{max_new_tokens}".format(**made) if made else "unknown"
 
     def percent(source: dict, *keys: str) -> dict:
         return {key: None if source[key] is None else 100 * source[key] for key in keys}
 
     return {"model": results["model"], **{key: asked[key] for key in ("task", "prompt", "questions", "k")},
+            "sampling": sampling,
             **percent(scores, "pass@1", "rerun error", "question error"),
             "published": published.get("pass@1"), "open-r1": published.get("open-r1"),
-            "cons@k": 100 * scores[cons], "published cons@64": published.get("cons@64"),
+            "cons@k": 100 * scores[f"cons@{asked['k']}"],
+            "published cons@64": published.get("cons@64") if asked["k"] == 64 else None,
             **percent(results, "truncated", "unanswered", "mixed")}
 
 
@@ -563,7 +386,7 @@ def report(args: argparse.Namespace) -> None:
     for folder in args.dirs:
         try:
             rows.append(row_of(read_object(folder / "results.json")))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / 'results.json'}: not made by this program") from None
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(rows) + "\n" + NOTES.format(**PUBLISHED)
@@ -582,49 +405,53 @@ def plot(rows: list[dict], path: Path) -> None:
     def column(key: str) -> list[float]:
         return [np.nan if row[key] is None else row[key] for row in rows]
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 1.8 + 0.5 * len(rows)), layout="constrained")
     y = range(len(rows))
     for key, width in (("question error", 1), ("rerun error", 4)):
-        axes.errorbar(column("pass@1"), y, xerr=column(key), fmt="o", color="C0", linewidth=width, label=key)
+        axes.errorbar(column("pass@1"), y, xerr=column(key), fmt="o", color="C0", linewidth=width, capsize=4,
+                      label=f"± 1 standard error, {key.split()[0]}")
     axes.plot(column("published"), y, "D", color="C1", label="published")
     axes.plot(column("open-r1"), y, "x", color="C2", label="open-r1")
     axes.set_yticks(y, [f"{row['model']}\n{row['task']}, {row['questions']} x {row['k']}" for row in rows])
     axes.set(xlabel="pass@1, per cent", ylim=(len(rows) - 0.5, -0.5))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside lower center", ncols=2)
     draft = path.with_name(path.name + ".part")
-    pyplot.savefig(draft, format="png", dpi=120)
+    figure.savefig(draft, format="png", dpi=120)
     os.replace(draft, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Command line
+# 4. Command line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="R1's evaluation protocol: sample, grade, report.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, work, k: int | None, out: str = "") -> argparse.ArgumentParser:
+    def command(name: str, text: str, work, out: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--task", required=True, metavar="NAME_OR_FILE",
                          help=f"{', '.join(TASKS)}, or a data file in the layout of one of them")
         sub.add_argument("--data", type=Path, metavar="FILE", help="JSONL, CSV or parquet, as published")
         sub.add_argument("--prompt", choices=PROMPTS, help="default: " + ", ".join(
             f"{task.prompt} ({name})" for name, task in TASKS.items()))
-        sub.add_argument("--k", type=int, default=k, help=f"samples a question ({k or 'as run, or 64'})")
+        sub.add_argument("--k", type=int, help="samples a question (as run, or 64; livecodebench: 16)")
         sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (all; demo: 100)")
         sub.add_argument("--out", type=Path, required=not out, help=out or "where the results go")
         sub.set_defaults(work=work)
         return sub
 
-    run_flags(command("run", "Sample and grade.", run, 64))
-    sub = command("grade", "Grade completions of any engine.", grade, None, "default: beside the completions")
-    sub.add_argument("--model", metavar="NAME", help="as `report` calls it, if no run.json lies beside")
+    run_flags(run_command := command("run", "Sample and grade.", run))
+    sub = command("grade", "Grade completions of any engine.", grade, "default: beside the completions")
+    for graded in (run_command, sub):
+        graded.add_argument("--model", metavar="NAME", help="the model's name in published figures, and for "
+                            "--api (the folder's name)")
+        graded.add_argument("--no-thinking", action="store_true", help="grade all of a text without </think>")
     text = "LiveCodeBench's completions to programs; none is executed."
-    for sub in (sub, command("import", text, import_codes, 16)):
+    for sub in (sub, command("import", text, import_codes)):
         sub.add_argument("--completions", type=Path, required=True, metavar="FILE",
                          help="JSON lines with index, text, and sample (default: counted)")
-    command("export", "Write the prompts of a task.", export, 64)
+    command("export", "Write the prompts of a task.", export)
     sub = commands.add_parser("report", help="A table beside published figures, and a plot.")
     sub.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="with results.json")
     sub.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="(%(default)s)")
@@ -647,7 +474,6 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(flag, choices=["auto", *values], default="auto", help="as in generate.py (auto)")
     sub.add_argument("--api", metavar="URL", help="sample from a server, e.g. http://localhost:8000/v1; the "
                      "environment's OPENAI_API_KEY goes with requests")
-    sub.add_argument("--model", metavar="NAME", help="as the server, and `report`, calls it")
     sub.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
     sub.add_argument("--timeout", type=float, default=3600, help="seconds for a request (%(default)s)")
 
@@ -666,7 +492,11 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
             parser.error("--api goes with --model, the server's name of it, and without --ckpt-path")
         if not args.api and not args.ckpt_path and args.task != "demo":
             parser.error("--ckpt-path or --api says which model; only the task demo has a default")
+        if args.no_thinking and not args.api:
+            parser.error("--no-thinking goes with --api; a checkpoint's template says whether it thinks")
         args.ckpt_path = args.ckpt_path or ROOT / "demo"
+        args.max_new_tokens = args.max_new_tokens or (1000 if args.task == "demo" else 32_768)  # R1's limit
+        args.model = args.model or args.ckpt_path.resolve().name
         try:
             Sampling(args.temperature, args.top_p, args.seed)
         except ValueError as error:
@@ -674,16 +504,16 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, first = parse_args(argv), int(os.environ.get("RANK", 0)) == 0
+    args = parse_args(argv)
     try:
         args.work(args)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        if first:                       # all ranks know of it; one says it
+        if FIRST:                       # all ranks know of it; one says it
             print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if first:
+        if FIRST:
             print("\ninterrupted; --resume goes on from what is done", file=sys.stderr)
         return 130
     finally:

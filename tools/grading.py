@@ -3,17 +3,19 @@
 An answer is read after the last </think>: the last box, or for multiple choice the line "Answer: C". AIME's
 are compared as integers; mathematics by math-verify, which can hang on what a model writes (a tower of
 powers) and whose own time-outs fail in threads. So it runs in a process of its own, this file as a script:
-pairs of answers in, verdicts out, a JSON line each; it is killed when it takes too long.
+pairs of answers in, verdicts out, a JSON line each; a pair that takes too long ends it, also inside of C.
 """
 import contextlib
 import hashlib
 import json
 import logging
 import math
+import platform
 import re
+import resource
+import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,23 +46,26 @@ def last_box(text: str) -> str | None:
     for match in re.finditer(r"\\.|[{}]", text[start:] if start >= 0 else "", re.DOTALL):    # \{ is a letter
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[start:start + match.start()].strip() or None
+            inside = text[start:start + match.start()]
+            return re.sub(r"(?:(?<!\\)\\?\s)+$", "", inside).strip() or None      # "\ " is a blank, too
     return None
 
 
-LINE = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?(?![a-z])")    # simple-evals'; no word's start
-BOLD = re.compile(r"(?i)\*\*Answer[ \t]*:?\*\*[ \t]*:?[ \t]*\$?\(?([A-D])(?![a-z])")
-LETTER = re.compile(r"\(?([A-D])(?:[).:]|$)")
+# A letter ends where no word goes on; a small one, or it were the word "a", where the line ends.
+ANSWER = re.compile(r"(?im)Answer([ \t*]*:(?:[ \t*$({\\]|\\(?:text|math)\w*)*)"
+                    r"((?-i:[A-D])(?!\w)|[a-d](?=[\W_]*$))")
+LETTER = re.compile(r"(?i)\(?([A-D])(?:[).:]|$)")
 
 
 def choice(text: str) -> tuple[str | None, str]:
-    """(letter, rule that found it): the last "Answer: C", else \\boxed{C} or **Answer:** C, "fallback"."""
-    if lines := LINE.findall(text):
-        return lines[-1].upper(), "line"
-    if match := LETTER.match(plain(last_box(text) or "")):
-        return match[1], "fallback"
-    bold = BOLD.findall(text)
-    return (bold[-1].upper(), "fallback") if bold else (None, "unanswered")
+    """(letter, rule that found it): the last simple-evals "line", Answer: C; or a "fallback".
+
+    That is such a line in Markdown or LaTeX, like **Answer:** C, or \\boxed{C}.
+    """
+    if lines := ANSWER.findall(text):
+        return lines[-1][1].upper(), "line" if re.fullmatch(r"[ \t]*:[ \t]*\$?", lines[-1][0]) else "fallback"
+    match = LETTER.match(plain(last_box(text) or ""))
+    return (match[1].upper(), "fallback") if match else (None, "unanswered")
 
 
 def extract(kind: str, text: str, thinks: bool = True) -> tuple[str | None, str]:
@@ -99,43 +104,51 @@ def plain(answer: str) -> str:
     return " ".join(answer.split()).removesuffix(".")
 
 
+UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}\d]+\}(?:\^\{?\d\}?)?(?=[\s$.]*$)")
+INTEGER = re.compile(r"(?:[^=a-zA-Z]*[a-zA-Z][^=]*=)?\s*\{?\s*\+?0*(\d{1,3})(?:\^\{?\\circ\}?)?\s*\}?")
+
+
 def integer(answer: str) -> int | None:
-    """An AIME answer, 0 to 999, leading zeros and "n =" allowed; None if it is anything else."""
-    match = re.fullmatch(r"0*(\d{1,3})(?:\^\{?\\circ\}?)?", plain(answer).rpartition("=")[2].strip())
+    """An AIME answer, 0 to 999; leading zeros, "n =" and a unit are allowed. None if it is anything else."""
+    match = INTEGER.fullmatch(plain(UNIT.sub("", answer)))
     return int(match[1]) if match else None
 
 
 class MathVerifier:
-    """math-verify in a worker process, killed and replaced when a pair takes more than `seconds`."""
+    """math-verify in a worker process, which is replaced when a pair takes it more CPU time than `seconds`.
+
+    An answer without a verdict, in time or because of a crash, is in `hung`: wrong, equal only to itself, and
+    not tried again.
+    """
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.timeouts, self.process, self.verdicts = seconds, 0, None, {}
+        self.seconds, self.hung, self.process, self.verdicts = seconds, set(), None, {}
 
     def equal(self, gold: str, answer: str) -> bool:
-        """math-verify's verdict, gold first. No verdict in time, or a crash, is False and counted."""
+        """math-verify's verdict, gold first: it is not symmetric."""
+        if self.hung & {gold, answer}:
+            return gold == answer
         if (gold, answer) not in self.verdicts:
             self.verdicts[gold, answer] = self._ask(gold, answer)
         return self.verdicts[gold, answer]
 
     def _ask(self, gold: str, answer: str) -> bool:
         if self.process is None:
-            self.process = subprocess.Popen([sys.executable, __file__], text=True, encoding="utf-8",
+            # in a session of its own, Ctrl-C does not reach it; it ends with its input, or by its limit
+            self.process = subprocess.Popen([sys.executable, __file__, str(self.seconds)], text=True,
+                                            encoding="utf-8", start_new_session=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            if not self.process.stdout.readline():              # imports take a second; they are not timed
+            if not self.process.stdout.readline():              # imports take a second; they are not limited
                 raise ValueError("math-verify does not start: pip install -r requirements-dev.txt")
-        timer = threading.Timer(self.seconds, self.process.kill)
-        timer.start()
         try:
             self.process.stdin.write(json.dumps([gold, answer]) + "\n")
             self.process.stdin.flush()
             verdict = self.process.stdout.readline()
         except BrokenPipeError:
             verdict = ""
-        finally:
-            timer.cancel()
         if verdict:
             return json.loads(verdict)
-        self.timeouts += 1
+        self.hung.add(answer)
         self.close()
         return False
 
@@ -146,12 +159,11 @@ class MathVerifier:
             self.process = None
 
 
-def serve() -> None:
+def serve(seconds: float) -> None:
     """The worker: reads [gold, answer] from standard input, writes true or false, until the input ends."""
     from math_verify import LatexExtractionConfig, parse, verify
-    logging.disable(logging.CRITICAL)               # it warns that time-outs are off; killing it is ours
-    with contextlib.suppress(ImportError, ValueError):      # a tower of powers eats memory, too: 4 GiB
-        import resource                                     # Windows has none, macOS may refuse
+    logging.disable(logging.CRITICAL)               # it warns that time-outs are off; the limit is ours
+    with contextlib.suppress(ValueError):           # a tower of powers eats memory, too; macOS may refuse
         resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))
 
     def parsed(answer: str) -> list:
@@ -160,6 +172,7 @@ def serve() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)       # CPU time; its signal ends the process
         gold, answer = json.loads(line)
         try:
             verdict = bool(verify(parsed(gold), parsed(answer), timeout_seconds=None))
@@ -176,18 +189,23 @@ def same(kind: str, gold: str, answer: str, verifier: MathVerifier) -> bool:
 
 
 def classes(answers: Sequence[str | None], gold: str, equal: Callable[[str, str], bool]) -> list[int | None]:
-    """The equivalence class of each answer: 0 is the gold's, None means no answer."""
+    """The equivalence class of each answer: 0 is the gold's, None means no answer.
+
+    `equal` wants the gold first; of two samples neither is one, so they are compared both ways.
+    """
     members, known = [gold], {None: None}
     for answer in answers:
         if answer not in known:
-            known[answer] = next((i for i, m in enumerate(members) if equal(m, answer)), len(members))
+            known[answer] = next((i for i, member in enumerate(members) if equal(member, answer)
+                                  or i > 0 and equal(answer, member)), len(members))
             members += [answer] * (known[answer] == len(members))
     return [known[answer] for answer in answers]
 
 
 def grader_version(kind: str) -> dict[str, str]:
-    """What decides about a grade: this file, for mathematics also packages. ValueError if one is missing."""
-    found = {"grading.py sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    """What grades and adds up: this file, versions; mathematics needs packages, ValueError without one."""
+    found = {"grading.py sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+             "python": platform.python_version(), "numpy": np.__version__}
     for package in ("math-verify", "latex2sympy2_extended", "sympy") if kind == "math" else ():
         try:
             found[package] = version(package)
@@ -236,8 +254,8 @@ def bootstrap_errors(p: np.ndarray, k: int, draws: int = 10_000, seed: int = 0) 
     A resample's spread is short by (k - 1) / k, or (n - 1) / n, which is made up for.
     """
     rng, n = np.random.default_rng(seed), len(p)
-    samples = np.array([rng.binomial(k, p).mean() / k for _ in range(draws)])
-    questions = np.array([rng.choice(p, n).mean() for _ in range(draws)])
+    samples = rng.binomial(k, p, (draws, n)).mean(1) / k
+    questions = rng.choice(p, (draws, n)).mean(1)
     return Errors(float(samples.std() * np.sqrt(k / (k - 1))) if k > 1 else None,
                   float(questions.std() * np.sqrt(n / (n - 1))) if n > 1 else None)
 
@@ -257,4 +275,4 @@ def scores(labels: Sequence[Sequence[int | None]]) -> dict:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))
