@@ -9,6 +9,7 @@ The last two need shapes and places that do not change: what goes in is written 
 they are, positions count on the device (Cache.lengths), and a step reads a power of two of slots, whose empty
 end the mask hides. The host reads back nothing but what was drawn.
 """
+import functools
 import os
 import shutil
 import sys
@@ -16,12 +17,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_dynamic
 
 from model import Cache, Runtime, Transformer
 
-# The option lets a product and a sum become one instruction.
-COMPILED = torch.compile(Transformer.forward.__wrapped__,
+@functools.cache
+def compiled_forward() -> Callable:
+    """Transformer.forward as C++, made at its first call; products and sums may become one instruction."""
+    return torch.compile(Transformer.forward.__wrapped__,
                          options={"cpp.enable_floating_point_contract_flag": "fast"})
 
 
@@ -71,14 +73,15 @@ class Decoder:
 
     def compiled(self, n: int, slots: int, draw: Callable) -> Callable:
         """The forward pass as C++: one compilation for all lengths of one row, one for all of more rows."""
+        from torch._dynamo import mark_dynamic          # takes a second, which a start without --compile saves
         tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
         buffers = [buffer for layer in view.layers for buffer in layer]
         for buffer in buffers:
             mark_dynamic(buffer, 1)
         for t in (tokens, view.lengths, *buffers) if n > 1 else ():
             mark_dynamic(t, 0)
-        chances = [chance[:n] for chance in self.chances]
-        return lambda: draw(COMPILED(self.model, tokens, view, last=1)[:, -1], *chances)
+        chances, forward = [chance[:n] for chance in self.chances], compiled_forward()
+        return lambda: draw(forward(self.model, tokens, view, last=1)[:, -1], *chances)
 
     def captured(self, n: int, slots: int, draw: Callable) -> Callable:
         """The step runs once before its capture, so that libraries get what they keep; its slot is reused."""

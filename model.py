@@ -458,12 +458,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     if q.shape[2] == 1:         # one query: the h/g heads as queries of one head, so that keys are read once
         o = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v, mask, scale=scale)
         return o.reshape(len(q), 1, q.shape[1], -1)
-    o, behind = [], k.shape[2] - q.shape[2]                     # a row has at least s slots behind its past
+    width, behind = v.shape[-1], k.shape[2] - q.shape[2]        # a row has at least s slots behind its past
+    v = F.pad(v, (0, max(0, q.shape[-1] - width)))              # fast kernels want v as wide as k
+    o = []
     for start, block in zip(range(0, q.shape[2], 128), q.split(128, dim=2)):
         end = start + block.shape[2]
         keys, values, seen = k[:, :, :behind + end], v[:, :, :behind + end], mask[:, :, start:end, :behind + end]
         o.append(F.scaled_dot_product_attention(block, keys, values, seen, scale=scale, enable_gqa=True))
-    return torch.cat(o, dim=2).transpose(1, 2)                                  # [b, s, h, v]
+    return torch.cat(o, dim=2)[..., :width].transpose(1, 2)                     # [b, s, h, v]
 
 
 class GQA(nn.Module):
@@ -658,7 +660,7 @@ class MoE(nn.Module):
             return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
             n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
-            y.index_add_(0, n, weights[n, k, None] * self.experts(tokens[n], expert))       # V3 Eq. 12
+            y[n] += weights[n, k, None] * self.experts(tokens[n], expert)       # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ never saw, sampled as R1's evaluation does; demo/README.md has the full measurem
 """
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_interactive import PROMPT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
 
