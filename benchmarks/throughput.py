@@ -3,11 +3,11 @@
     python benchmarks/throughput.py --config configs/qwen_0.5b.json         random weights of these shapes
     python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
 
-Every figure is a median over rounds, in each of which all take their turn at each task. Ours runs through
-generate(), with the draw of each token; transformers and llama.cpp run bare forward passes and take the largest
-logit. Reading bandwidth and GEMM peak are measured in the same rounds: what a step must read, over the first,
-and what a prompt must multiply, over the second, are the limits. Load time and peak memory are those of fresh
-processes that load (from the file cache) and take one step.
+Every figure is a median over rounds, in each of which all take their turn at each task. All are greedy: ours
+through generate(), transformers and llama.cpp as bare forward passes. Reading bandwidth and GEMM peak are
+measured in the same rounds: what a step must read, over the first, and what a prompt must multiply, over the
+second, are the limits. Load time and peak memory are those of fresh processes that load (from the file cache)
+and take a step.
 """
 import argparse
 import json
@@ -52,7 +52,7 @@ class Ours:
     def run(self, n: int, rows: int, new: int) -> float:
         """Seconds from the first draw of all rows to the last token; with new = 0, of reading n tokens."""
         self.model.rt = replace(self.rt, rows=rows, max_seq_len=n + new + 2)
-        events = generate(self.model, [prompt(n)], (), new + 1, Sampling(temperature=0.6),
+        events = generate(self.model, [prompt(n)], (), new + 1, Sampling(temperature=0),
                           wanted=[(0, sample) for sample in range(rows)])
         start = time.perf_counter()
         for _ in range(rows):
