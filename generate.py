@@ -137,6 +137,11 @@ class Row:
     token: int = 0                      # drawn, but not yet run through the model
     ended: bool = False                 # its place is free for the next completion
 
+    def begin(self, prompt: list[int]) -> None:
+        """Notice whether the prompt has opened the reasoning: then it ends with <think> and a newline."""
+        if self.think and self.think.opening in prompt[-2:]:
+            self.follow(self.think.opening)
+
     def take(self, token: int, stop_ids: frozenset[int]) -> str | None:
         """Go on by this token; the reason if that is the end."""
         self.token, self.budget = token, self.budget - 1
@@ -215,11 +220,10 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                 prefilled = index, prefill(model, prompt, cache, slot, kept, cancelled)
                 if prefilled[1] is None:
                     return
-            row = Row(index, number, len(prompt), min(max_new_tokens, rt.max_seq_len - len(prompt)),
-                      np.random.default_rng((sampling.seed, index, number)), think,
-                      Loop() if stop_loops else None)
-            if think and think.opening in prompt[-2:]:      # the prompt ends with <think> and a newline
-                row.follow(think.opening)
+            rng = np.random.default_rng((sampling.seed, index, number))
+            budget = min(max_new_tokens, rt.max_seq_len - len(prompt))
+            row = Row(index, number, len(prompt), budget, rng, think, Loop() if stop_loops else None)
+            row.begin(prompt)
             rows[slot:slot + 1] = [row]
             advanced, drawn = [row], draw(prefilled[1], *chances([row], rt.device))
         elif slot < len(rows):                                  # nothing waits: close the gap
@@ -540,7 +544,7 @@ def think_budget(args: argparse.Namespace, tokenizer: Tokenizer) -> ThinkBudget 
     return ThinkBudget(args.think_budget, opening, closing, tuple(tokenizer.encode(f"\n{END_THINK}\n\n")))
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(description="Generate text with DeepSeek-R1 or one of its distills.")
     parser.add_argument("--ckpt-path", type=Path, default=DEMO, metavar="DIR",
                         help="HuggingFace folder, or one that convert.py wrote (default: the demo)")
@@ -564,6 +568,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              f"model's context; interactive: {CONVERSATION})")
     parser.add_argument("--prefill-chunk", type=int, default=Runtime.prefill_chunk, metavar="N",
                         help="prompt tokens per forward pass; fewer take less memory (%(default)s)")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                        help="auto: float32 if the checkpoint is, else bfloat16")
+    parser.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
+                        help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
+                             "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
+                             "gemm on GPUs with FP8 tensor cores, else dequant")
+    parser.add_argument("--compile", action="store_true",
+                        help="faster tokens, after up to a minute: C++ code on a CPU, CUDA graphs on a GPU")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser
+
+
+def add_sampling(parser: Parser) -> None:
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
     parser.add_argument("--think-budget", type=int, metavar="N",
                         help="close the reasoning after N tokens (default: the model does)")
@@ -578,15 +595,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="keep system messages, which R1 was not made for, out of the user's turn")
     parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
-                        help="auto: float32 if the checkpoint is, else bfloat16")
-    parser.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
-                        help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
-                             "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
-                             "gemm on GPUs with FP8 tensor cores, else dequant")
-    parser.add_argument("--compile", action="store_true",
-                        help="faster tokens, after up to a minute: C++ code on a CPU, CUDA graphs on a GPU")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    add_sampling(parser)
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
