@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from test_interactive import PROMPT
 
 import convert
 import generate
@@ -135,9 +136,9 @@ def test_torchrun_waits_for_a_second_machine_as_long_as_the_readme_tells_it_to(p
 
 
 def talk(command: list[str]) -> pexpect.spawn:
-    child = pexpect.spawn(command[0], command[1:], encoding="utf-8", timeout=90, echo=False,
-                          codec_errors="replace")
-    child.expect(">>> ")
+    child = pexpect.spawn(command[0], command[1:], encoding="utf-8", timeout=60, codec_errors="replace",
+                          env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1"})
+    child.expect(PROMPT)
     return child
 
 
@@ -147,8 +148,8 @@ def test_a_killed_rank_ends_the_job_and_is_named(when, victim):
     child = talk(command)
     pid = int(re.search(rf"rank {victim} of 2: .*process (\d+)", child.before)[1])
     if when == "answering":
-        child.sendline("Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many is that?")
-        child.expect("First")
+        child.send("Anna has 23 boxes with 12 pencils in each, and 40 more pencils. How many is that?\r")
+        child.expect("thinking, ")
     os.kill(pid, signal.SIGKILL)
     child.expect(pexpect.EOF, timeout=30)                           # gloo's own time-out is 30 minutes
     child.wait()
@@ -171,10 +172,10 @@ def test_a_prompt_may_idle_for_longer_than_the_device_groups_time_out(tmp_path):
     child = talk(launch(tmp_path, change, "--interactive", "--temperature", 0))
     with pytest.raises(pexpect.TIMEOUT):
         child.expect(pexpect.EOF, timeout=6)
-    child.sendline(QUESTION)
-    child.expect("534")
-    child.expect(">>> ")
-    child.sendline("/exit")
+    child.send(QUESTION + "\r")
+    child.expect("boxed.534")
+    child.expect(PROMPT)
+    child.send("/exit\r")
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 0
