@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernel
+import memory
 from model import DTYPES, Config, Linear, Runtime, Shard, Transformer
 
 # Ours: HuggingFace's, and the axis of [out, in] that ranks cut (0 outputs, 1 inputs, None neither). Comments:
@@ -388,6 +389,7 @@ class Checkpoint:
 def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
     """This rank's part of the model, ready to run. What needs no cast, cut or copy stays a mapped file."""
     model = Transformer(checkpoint.cfg, rt)
+    memory.keep_freed()
     state: dict[str, Tensor] = {}
     for entry, expert, tensor in checkpoint.tensors(checkpoint.plan(model), rt.tp):
         if expert is None:

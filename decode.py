@@ -1,8 +1,8 @@
 """One decode step: a token per row in, the next ones out. A long answer is thousands of these.
 
     eager       the readable reference: the model's forward pass, then the draw
-    compiled    on a CPU, with Runtime.compile: the forward pass as C++, which uses weights as fast as memory
-                delivers them
+    compiled    on a CPU, with Runtime.compile: the forward pass of one row as C++, which uses weights as fast
+                as memory delivers them
     captured    on a GPU, with Runtime.compile: all of the step as a CUDA graph, one launch, not thousands
 
 The last two need shapes and places that do not change: what goes in is written into buffers that stay where
@@ -34,9 +34,9 @@ def check(rt: Runtime) -> Runtime:
         if not shutil.which(cxx):
             raise ValueError(f"--compile needs a C++ compiler, and {cxx!r} is not there: install it, name "
                              f"another one in the environment variable CXX, or leave --compile out")
-        if rt.tp.size > 1 or rt.fp8 == "gemm":
-            raise ValueError("--compile on a CPU goes with 1 rank, and with --fp8 dequant or bf16; here are "
-                             f"{rt.tp.size} ranks and --fp8 {rt.fp8}")
+        if rt.tp.size > 1 or rt.rows > 1 or rt.fp8 == "gemm":
+            raise ValueError("--compile on a CPU goes with 1 rank, --batch-size 1, and --fp8 dequant or bf16; "
+                             f"here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 {rt.fp8}")
     return rt
 
 
@@ -72,14 +72,12 @@ class Decoder:
         return lambda: draw(self.model(tokens, view, last=1)[:, -1], *chances)
 
     def compiled(self, n: int, slots: int, draw: Callable) -> Callable:
-        """The forward pass as C++: one compilation for all lengths of one row, one for all of more rows."""
+        """The forward pass as C++, compiled once for all lengths. Made for one row: batches gain nothing."""
         from torch._dynamo import mark_dynamic          # takes a second, which a start without --compile saves
         tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
-        buffers = [buffer for layer in view.layers for buffer in layer]
-        for buffer in buffers:
-            mark_dynamic(buffer, 1)
-        for t in (tokens, view.lengths, *buffers) if n > 1 else ():
-            mark_dynamic(t, 0)
+        for layer in view.layers:
+            for buffer in layer:
+                mark_dynamic(buffer, 1)
         chances, forward = [chance[:n] for chance in self.chances], compiled_forward()
         return lambda: draw(forward(self.model, tokens, view, last=1)[:, -1], *chances)
 

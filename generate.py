@@ -70,13 +70,29 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    mass = probs.double().cumsum(dim=-1)                                       # [b, vocab], most likely first
+    probs = (logits / sampling.temperature).softmax(dim=-1)
+    ids = candidates(probs, sampling.top_p)                                     # [b, n], ascending
+    probs, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    mass = probs.double().cumsum(dim=-1)                                       # [b, n], most likely first
     kept = (mass - probs < sampling.top_p).sum(dim=-1, keepdim=True)            # [b, 1] tokens in the nucleus
     kept = kept.clamp(min=1)                            # none if the logits are NaN, which `draw` reports
     target = uniforms[:, None] * mass.gather(1, kept - 1)
     picked = (mass <= target).sum(dim=-1, keepdim=True).minimum(kept - 1)       # [b, 1]
-    return order.gather(1, picked)[:, 0]
+    return ids.gather(1, order.gather(1, picked))[:, 0]
+
+
+def candidates(probs: Tensor, top_p: float) -> Tensor:
+    """Ids [b, n] that hold each row's nucleus, ascending, given probabilities [b, vocab].
+
+    Ids less likely than (1 - top_p) / (2 vocab) weigh less than 1 - top_p together, so none is in it. A CPU
+    takes longer to sort 150,000 of them than to find the few others; a GPU takes all, because a CUDA graph
+    cannot wait for a number. (The 2 is for rounded sums.)
+    """
+    vocab = probs.shape[-1]
+    if probs.device.type != "cpu":
+        return torch.arange(vocab, device=probs.device).expand_as(probs)
+    likely = (probs >= (1 - top_p) / (2 * vocab)).sum(dim=-1).max().item()
+    return probs.topk(max(likely, 1)).indices.sort(dim=-1).values
 
 
 # ------------------------------------------------------------------------------------------------------------

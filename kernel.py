@@ -121,6 +121,20 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     return (blocks * scale).sum(-1).to(x.dtype)
 
 
+def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in fp32, of fp32 matrices that were converted from `dtype`, on a CPU.
+
+    Numbers that were bf16 may be multiplied as bf16 again: nothing is lost, sums are fp32, and CPUs with bf16
+    instructions run at twice their fp32 speed. PyTorch has no product of bf16 matrices with fp32 results here.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16" if dtype == torch.bfloat16 else "ieee"
+    try:
+        return a @ b
+    finally:
+        settings.fp32_precision = before
+
+
 @torch.library.custom_op("deepseek_r1::opaque_float", mutates_args=())
 def opaque_float(x: Tensor, factor: float) -> Tensor:
     """x in fp32, times factor, which the compiler may not merge into a loop over e4m3 codes: with 16-bit

@@ -4,8 +4,10 @@ No weights are needed: the model is built without memory, and its tensors are co
 exact to the byte; activations are an upper bound on what one prefill chunk holds at once. generate.py refuses
 with this what cannot fit; tools/plan.py prints it.
 """
+import ctypes
 import math
 import os
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,21 +86,25 @@ def activations(model: Transformer, rt: Runtime) -> int:
     heads = cfg.n_heads // ranks
     if cfg.mla:
         a = cfg.mla
-        qk = a.qk_nope_head_dim + a.qk_rope_head_dim
-        attention = s * heads * (3 * qk + 2 * a.v_head_dim)
-        attention += t * heads * (qk + a.qk_nope_head_dim + a.v_head_dim)
+        qk, v, groups = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
+        attention = s * heads * (3 * qk + 2 * v) + t * heads * (qk + a.qk_nope_head_dim + v)
         attention += s * ((a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim))
+    else:
+        qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
+        attention = s * qk * (4 * heads + 4 * groups)
+    # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, and a block of scores
+    block = 4 * qk * (t + s * heads // groups) // size + t * v + min(512 * t, 2 ** 24) * (size + 12) // size
+    attention += max(t * heads * (qk + v), block)
+    if cfg.mla:
         queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
         attention = max(attention, 3 * queries * heads * t * 4 // size)
-    else:
-        attention = s * cfg.gqa.head_dim * (4 * heads + 4 * cfg.gqa.n_kv_heads // ranks)
     inner = cfg.inter_dim if not cfg.moe else max(
         cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
     feed_forward = 3 * s * inner // ranks
     if cfg.moe:                                                 # every choice's output, weighted in fp32
         feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
-    mask = s * t * (1 + size)                                   # of bools, and torch's copy as numbers to add
+    mask = s * t * (1 + size)                                   # of bools, and of zeros and infinities
     logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
     return max(attention, feed_forward) * size + stream + mask + logits
 
@@ -137,6 +143,19 @@ def free(device: torch.device, root: Path = Path("/")) -> float:
             files = stat.get("inactive_file", 0) + stat.get("active_file", 0)
             room = min(room, int(text) - int((folder / used).read_text()) + files)
     return room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def keep_freed() -> None:
+    """Let the C library of Linux, glibc, keep up to 1 GiB of what this process frees, for what it takes next.
+
+    By default it returns large blocks, so that activations are new pages each time, which the system has to
+    find and to zero: up to a third of a prompt's time. The settings are those of `man mallopt`; if the
+    environment has any (MALLOC_TRIM_THRESHOLD_ and the like), they stay.
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        m_trim_threshold, m_mmap_threshold, libc = -1, -3, ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2 ** 25)                 # larger blocks than this cannot be kept
+        libc.mallopt(m_trim_threshold, 2 ** 30)
 
 
 def numbers(path: Path) -> dict[str, int]:

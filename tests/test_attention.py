@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from model import Cache, Config, Runtime
+from model import Cache, Config, Runtime, attend, attend_fused
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
@@ -41,6 +41,35 @@ def test_absorbed_equals_expanded(tmp_path):
         outputs.append(tiny.logits(model, TOKENS[:2], [100, 1, 19]))
     assert not torch.equal(*outputs)        # two orders of evaluation, not one under two names
     assert_same(*outputs)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8)])
+@pytest.mark.parametrize("heads, groups, d, v", [(6, 2, 64, 64), (3, 3, 48, 32)])
+@pytest.mark.parametrize("s, t", [(1, 400), (2, 70), (300, 300), (600, 750)])
+def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, monkeypatch):
+    """In float64. Rows stand at t - s and, if there is room, 20 tokens before that. In bf16 weights and result
+    are rounded (2^-9 each), scores are not: they reach 20 here, where rounding would put weights 4 % off."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, values = (torch.randn(2, n, size, generator=generator).to(dtype).unflatten(2, (heads_of, -1))
+                    for n, size, heads_of in ((s, heads * d, heads), (t, groups * d, groups),
+                                              (t, groups * v, groups)))
+    starts = torch.tensor([t - s, max(0, t - s - 20)])
+    hidden = torch.arange(t) > (starts[:, None] + torch.arange(s))[..., None]               # [b, s, t]
+    bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
+    scale = 4 * d ** -0.5
+    k64, v64 = (x.double().repeat_interleave(heads // groups, 2) for x in (k, values))
+    scores = scale * torch.einsum("bshd,bthd->bhst", q.double(), k64) + bias
+    exact = torch.einsum("bhst,bthv->bshv", scores.softmax(-1), v64)
+    ways = [attend(q, k, values, bias.to(dtype), scale)]
+    if s > 1:
+        grouped = q.unflatten(2, (groups, -1))
+        ways.append(attend_fused(grouped, k, values, bias.to(dtype), scale))
+    else:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        ways.append(attend(q, k, values, bias.to(dtype), scale))
+    for result in ways:
+        assert result.shape == exact.shape and result.dtype == dtype
+        assert (result - exact).norm() <= tolerance * exact.norm()
 
 
 def test_chunks_and_single_tokens_equal_one_pass(model):

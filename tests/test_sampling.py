@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import generate
 from generate import Sampling, sample
 
 ALMOST_ONE = 1 - 2 ** -53
@@ -71,6 +72,18 @@ def test_a_row_is_drawn_as_it_would_be_alone():
     together = sample(logits, Sampling(), uniforms)
     alone = [sample(logits[i:i + 1], Sampling(), uniforms[i:i + 1]).item() for i in range(20)]
     assert together.tolist() == alone and len(set(alone)) > 5
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.95, 0.999999, 1.0])
+def test_leaving_out_what_cannot_be_in_the_nucleus_changes_no_draw(top_p, monkeypatch):
+    """Sharp, flat and tied rows, whose nuclei have one to 1,500 ids."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(40, 1500, generator=generator) * torch.logspace(-2, 2, 40)[:, None]
+    logits[::3] = logits[::3].round()
+    uniforms = torch.rand(40, dtype=torch.float64, generator=generator)
+    fewer = sample(logits, Sampling(1.0, top_p), uniforms)
+    monkeypatch.setattr(generate, "candidates", lambda probs, top_p: torch.arange(1500).expand_as(probs))
+    assert torch.equal(fewer, sample(logits, Sampling(1.0, top_p), uniforms))
 
 
 @pytest.mark.parametrize("settings, word", [
