@@ -93,8 +93,9 @@ def activations(model: Transformer, rt: Runtime) -> int:
         qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         attention = s * qk * (4 * heads + 4 * groups)
     # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, and a block of scores
-    block = 4 * qk * (t + s * heads // groups) // size + t * v + min(512 * t, 2 ** 24) * (size + 12) // size
-    attention += max(t * heads * (qk + v), block)
+    scores = min(min(512, s * heads // groups) * t, 2 ** 23)
+    block = (4 * qk * (t + s * heads // groups) + scores * (size + 8)) // size + t * v
+    attention += max(t * heads * (qk + v) * (groups < heads), block)
     if cfg.mla:
         queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
         attention = max(attention, 3 * queries * heads * t * 4 // size)

@@ -472,7 +472,9 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     """`attend` by PyTorch's kernel for GPUs, q [b, s, g, h/g, d]. With as many slots as queries, all rows are
     empty: then the mask is a plain triangle, which the fastest kernel knows without reading it."""
     first = q.shape[1] == k.shape[1]
-    k, v = (x.repeat_interleave(q.shape[3], dim=2).transpose(1, 2) for x in (k, v))         # [b, h, t, ..]
+    if q.shape[3] > 1:
+        k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]
     q = q.flatten(2, 3).transpose(1, 2)                                                     # [b, h, s, d]
     o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale)
     return o.transpose(1, 2)                                                                # [b, s, h, v]
@@ -486,7 +488,7 @@ def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
     """
     dtype, s, t = q.dtype, q.shape[1], k.shape[1]
     q, k, v = q.float(), k.float(), v.contiguous()
-    size = max(1, min(512, 2 ** 24 // t) // q.shape[2])                         # queries; scores up to 64 MB
+    size = max(1, min(512, 2 ** 23 // t) // q.shape[2])                         # queries; scores up to 32 MB
     o = []
     for start in range(0, s, size):
         block, end = q[:, start:start + size], min(t - s + start + size, t)     # a row has s slots of its own
