@@ -599,7 +599,8 @@ class MLA(nn.Module):
         q_c = torch.einsum("bshd,hdc->bshc", q_nope, w_k)                       # W^UK absorbed into the query
         q = torch.cat([q_c, q_pe], dim=-1).flatten(1, 2)                        # [b, s * h/P, c+r]
         scores = (latents @ q.mT).mT.unflatten(1, q_c.shape[1:3]).float() * self.scale      # [b, s, h/P, t]
-        weights = (scores + bias.transpose(1, 2)).softmax(dim=-1).to(q.dtype)   # V3 Eq. 10
+        scores = scores + bias.transpose(1, 2)
+        weights = scores.softmax(dim=-1).to(q.dtype)                            # V3 Eq. 10
         o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
         return torch.einsum("bshc,hvc->bshv", o_c, w_v)                         # W^UV applied to the output
 
