@@ -150,7 +150,7 @@ def keep_freed() -> None:
     """Let the C library of Linux, glibc, keep up to 1 GiB of what this process frees, for what it takes next.
 
     By default it returns large blocks, so that activations are new pages each time, which the system has to
-    find and to zero: up to a third of a prompt's time. The settings are those of `man mallopt`; if the
+    find and to zero: about a quarter of a prompt's time. The settings are those of `man mallopt`; if the
     environment has any (MALLOC_TRIM_THRESHOLD_ and the like), they stay.
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):

@@ -35,7 +35,7 @@ from model import Config, Linear, Runtime  # noqa: E402
 
 PROMPTS = (512, 2000)                       # tokens of prefill
 DECODE = ((128, 1), (2000, 1), (128, 8), (2000, 8), (8000, 1))      # tokens of context, rows
-LONG = 8000                                 # a context that only "ours compiled" is measured at: it takes minutes
+LONG = 8000                                 # context for "ours compiled" alone: others would take minutes
 
 # ------------------------------------------------------------------------------------------------------------
 # The competitors: each loads a folder, reads a prompt, and makes tokens
@@ -270,7 +270,8 @@ def load_only(engine: str, folder: Path, device: str) -> None:
     model.run(16, 1, 2)
     tensors = [] if engine == "llama.cpp" else model.model.state_dict().values()
     weights = {t.data_ptr(): t.nbytes for t in tensors}         # of tied ones, one
-    print(json.dumps({"seconds": seconds, "bytes": resident("VmHWM") - before, "held": sum(weights.values())}))
+    facts = {"seconds": seconds, "bytes": resident("VmHWM") - before, "held": sum(weights.values())}
+    print(json.dumps(facts))
 
 
 def resident(field: str) -> int:
@@ -308,7 +309,7 @@ def measure(folder: Path, names: list[str], rounds: int, new: int, device: str) 
 
 
 def takes_part(name: str, n: int, rows: int, new: int) -> bool:
-    """What is compiled is one row's decoding; the rest would be measured twice. llama.cpp's batches are not."""
+    """Compiled is one row's decoding; the rest would be measured twice. llama.cpp's batches are not."""
     if "compiled" in name or name == "llama.cpp":
         return rows == 1 and (new > 0 or name == "llama.cpp") and (n < LONG or name == "ours compiled")
     return n < LONG

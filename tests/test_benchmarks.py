@@ -74,6 +74,7 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
         done = 16 if row["task"] == "prefill" else 3 * row["rows"]
         assert row["rate"] == pytest.approx(done / row["runs"][0]) and row["of_limit"] > 0
     assert all(load["seconds"] > 0 and load["bytes"] > 0 for load in facts["loads"].values())
+    assert facts["loads"]["ours"]["held"] == facts["weights"]
     text = path.with_suffix(".md").read_text()
     assert text == capsys.readouterr().out and text.count("\n| ") == 2 + 6 + 2
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

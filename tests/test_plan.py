@@ -4,6 +4,7 @@ Weights and cache are compared with the bytes of loaded tensors, exactly; the ac
 of a process of its own that runs a prompt.
 """
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -81,6 +82,29 @@ def test_activations_are_near_the_bound(config, chunk, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env)
     used = int(done.stdout) - p.cache                           # its pages are touched by the prompt, too
     assert 0.5 * p.activations < used < 1.3 * p.activations     # malloc and BLAS keep buffers of their own
+
+
+FAULTS = """
+import resource, sys
+sys.path[:0] = [{root!r}]
+import memory, torch
+memory.keep_freed()
+for number in range(12):
+    if number == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 ** 22), torch.ones(2 ** 21)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of Linux's C library, glibc")
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, kept):
+    """Ten times 24 MB are 60,000 new pages of 4 kB, or none."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(root=str(ROOT))], check=True, capture_output=True,
+                          text=True, env={**clean, **environment})
+    assert (int(done.stdout) < 1000) == kept
 
 
 def run(capsys, *args, gib="80", gpus="8") -> tuple[int, str]:
