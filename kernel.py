@@ -35,6 +35,7 @@ except ImportError:         # no wheel for this system, or not wanted: section 1
 BLOCK = 128        # the edge of a weight block, and the run of channels that share an activation scale
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
 FP8 = torch.float8_e4m3fn
+MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The definitions
@@ -111,14 +112,40 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """
     if scale is None:
         runs = 4 if x.shape[-1] >= 2048 and x.shape[-1] % 128 == 0 else 1
-        return (x[..., None, :].float() * w.float()).unflatten(-1, (runs, -1)).sum(-1).sum(-1).to(x.dtype)
+        y = stored(x.float())[..., None, :] * w.float()                                     # [..., n, k]
+        return y.unflatten(-1, (runs, -1)).sum(-1).sum(-1).to(x.dtype)
     pad = (0, -x.shape[-1] % BLOCK)                 # an edge block's missing channels are zeros
     code = F.pad(w.view(torch.uint8), pad).to(torch.int32)      # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
     w = ((code & 0x7F) << 20 | (code & 0x80) << 24).view(torch.float32)
-    x32 = F.pad(opaque_float(x, 2.0 ** 60), pad)    # half of the way back, so that no product underflows
+    x32 = stored(F.pad(x.float() * 2.0 ** 60, pad)) # half of the way back, so that no product underflows
     blocks = (x32[..., None, :] * w).unflatten(-1, (-1, BLOCK)).sum(-1)                     # [..., n, kb]
     scale = (scale * 2.0 ** 60).repeat_interleave(BLOCK, -2)[..., :w.shape[-2], :]
     return (blocks * scale).sum(-1).to(x.dtype)
+
+
+def stored(x: Tensor) -> Tensor:
+    """x, kept from merging with what uses it: torch.compile would convert x again for each row of a matrix.
+    With 16-bit numbers in a loop over e4m3 codes, their way to fp32 was not vectorised, either."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]; `matmul`, but with W converted 4 MB at a time."""
+    if x.shape[:-1].numel() <= 4 or not fp32_is_faster(x):      # so few rows wait for W, however it multiplies
+        return F.linear(x, w)
+    x32, parts = x.float(), w.chunk(1 + w.numel() // 2 ** 20)
+    return torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b, batched as @; in fp32 where that is faster, and exact: products of bf16 numbers fit into fp32."""
+    return (a.float() @ b.float()).to(a.dtype) if fp32_is_faster(a) else a @ b
+
+
+def fp32_is_faster(x: Tensor) -> bool:
+    """Whether x is bf16 on a CPU for which PyTorch has no fast products of bf16 matrices: x86 before AVX-512.
+    There fp32 runs 6 times as fast, 100 times in batches."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
 
 
 def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,18 +160,6 @@ def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a @ b
     finally:
         settings.fp32_precision = before
-
-
-@torch.library.custom_op("deepseek_r1::opaque_float", mutates_args=())
-def opaque_float(x: Tensor, factor: float) -> Tensor:
-    """x in fp32, times factor, which the compiler may not merge into a loop over e4m3 codes: with 16-bit
-    numbers in it, it does not vectorise the codes' way to fp32 and runs 10 times slower."""
-    return x.float() * factor
-
-
-@opaque_float.register_fake
-def _(x: Tensor, factor: float) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

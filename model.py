@@ -383,7 +383,7 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x [..., in], w [out, in] -> x W^T [..., out]. torch.compile makes one token's a single pass over W."""
     one_token = x.shape[:-1].numel() == 1
-    return kernel.matvec(x, w) if one_token and torch.compiler.is_compiling() else F.linear(x, w)
+    return kernel.matvec(x, w) if one_token and torch.compiler.is_compiling() else kernel.linear(x, w)
 
 
 class Linear(nn.Module):
@@ -417,7 +417,7 @@ class Linear(nn.Module):
             return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
         if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
             return kernel.matvec(x, weight, scale)
-        return F.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
+        return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
     def dequantise(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its high-precision form, for good."""
@@ -458,7 +458,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                 # [b, g, h/g, d], [b, g, t, ..]
         if torch.compiler.is_compiling():
             scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # [b, g, h/g, t]
-            o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
+            o = kernel.matmul((scores * scale + bias).softmax(dim=-1).to(v.dtype), v)
         else:
             o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
         return o.flatten(1, 2)[:, None]
@@ -496,7 +496,7 @@ def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
         scores = scores.unflatten(1, block.shape[1:3])                          # [b, size, h/g, end]
         scores = torch.add(bias[:, 0, start:start + size, None, :end], scores, alpha=scale)
         weights = scores.softmax(dim=-1).to(dtype)
-        o.append((weights.flatten(1, 2) @ v[:, :end]).unflatten(1, block.shape[1:3]))
+        o.append(kernel.matmul(weights.flatten(1, 2), v[:, :end]).unflatten(1, block.shape[1:3]))
     return torch.cat(o, dim=1)                                                  # [b, s, h/g, v]
 
 
@@ -529,6 +529,12 @@ class GQA(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Multi-head latent attention: R1
+
+
+def per_head(x: Tensor, w: Tensor) -> Tensor:
+    """A matrix for each head: x [b, s, h, i], w [h, i, o] -> [b, s, h, o]."""
+    y = kernel.matmul(x.flatten(0, 1).transpose(0, 1), w)                       # [h, b * s, o]
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 class MLA(nn.Module):
@@ -585,9 +591,8 @@ class MLA(nn.Module):
     def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         """V3 Eq. 10 as written: per-head keys and values from the latents, then ordinary attention."""
         c_kv, k_pe = latents.split([self.c, self.r], dim=-1)
-        w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
-        k_nope = torch.einsum("btc,hdc->bthd", c_kv, w_k)                       # V3 Eq. 2
-        v = torch.einsum("btc,hvc->bthv", c_kv, w_v)                            # V3 Eq. 5
+        kv = self.wkv_b(c_kv).unflatten(-1, (self.heads, -1))                   # V3 Eq. 2, 5
+        k_nope, v = kv.split([self.d, self.v], dim=-1)                          # [b, t, h/P, d], [.., v]
         k_pe = k_pe[:, :, None].expand(-1, -1, self.heads, -1)                  # one rotary key for all heads
         k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, t, h/P, d+r]
         q = torch.cat([q_nope, q_pe], dim=-1)                                   # V3 Eq. 9 [b, s, h/P, d+r]
@@ -596,13 +601,13 @@ class MLA(nn.Module):
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
-        q_c = torch.einsum("bshd,hdc->bshc", q_nope, w_k)                       # W^UK absorbed into the query
+        q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
         q = torch.cat([q_c, q_pe], dim=-1).flatten(1, 2)                        # [b, s * h/P, c+r]
-        scores = (latents @ q.mT).mT.unflatten(1, q_c.shape[1:3]).float() * self.scale      # [b, s, h/P, t]
-        scores = scores + bias.transpose(1, 2)
+        scores = kernel.matmul(latents, q.mT).mT.unflatten(1, q_c.shape[1:3])   # [b, s, h/P, t]
+        scores = torch.add(bias.transpose(1, 2), scores.float(), alpha=self.scale)
         weights = scores.softmax(dim=-1).to(q.dtype)                            # V3 Eq. 10
-        o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
-        return torch.einsum("bshc,hvc->bshv", o_c, w_v)                         # W^UV applied to the output
+        o_c = kernel.matmul(weights.flatten(1, 2), latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
+        return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head."""
