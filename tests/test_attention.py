@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+import kernel
 from model import Cache, Config, Runtime, attend, attend_fused
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,10 @@ def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, m
     k64, v64 = (x.double().repeat_interleave(heads // groups, 2) for x in (k, values))
     scores = scale * torch.einsum("bshd,bthd->bhst", q.double(), k64) + bias
     exact = torch.einsum("bhst,bthv->bshv", scores.softmax(-1), v64)
-    ways = [attend(q, k, values, bias.to(dtype), scale)]
+    ways = []
+    for multiplies_bf16 in (True, False):           # CPUs of both kinds
+        monkeypatch.setattr(kernel, "MULTIPLIES_BF16", multiplies_bf16)
+        ways.append(attend(q, k, values, bias.to(dtype), scale))
     if s > 1:
         grouped = q.unflatten(2, (groups, -1))
         ways.append(attend_fused(grouped, k, values, bias.to(dtype), scale))

@@ -57,9 +57,11 @@ MEASURE = """
 import sys, re
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, tiny
+import kernel
 from generate import Sampling, generate
 torch.set_num_threads(1)
-model = tiny.load({path!r}, rows=1, max_seq_len=4096, prefill_chunk={chunk})
+kernel.MULTIPLIES_BF16 = False
+model = tiny.load({path!r}, rows=1, max_seq_len=4096, prefill_chunk={chunk}, dtype={dtype})
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 next(generate(model, [[1] * 64], (), 1, Sampling(0)))
@@ -69,15 +71,21 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("config, chunk", [
-    (tiny.qwen2(hidden_size=768, intermediate_size=3072, num_hidden_layers=2), 2048),
-    (tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=128,
-                   max_position_embeddings=8192), 128)], ids=["dense", "absorbed"])
-def test_activations_are_near_the_bound(config, chunk, tmp_path):
+DENSE = tiny.qwen2(hidden_size=768, intermediate_size=3072, num_hidden_layers=2)
+LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=128,
+                       max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize("config, chunk, dtype", [
+    (DENSE, 2048, torch.float32), (LATENT, 128, torch.float32), (LATENT, 128, torch.bfloat16)],
+    ids=["dense", "absorbed", "absorbed bf16"])
+def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path):
+    """bf16 as on a CPU that multiplies in fp32, which takes copies."""
     tiny.write(tmp_path, config)
-    rt = Runtime(dtype=torch.float32, max_seq_len=4096, prefill_chunk=chunk)
+    rt = Runtime(dtype=dtype, max_seq_len=4096, prefill_chunk=chunk)
     p = plan.plan(load_config(tmp_path / "config.json"), rt)
-    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=chunk)
+    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=chunk,
+                            dtype=dtype)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed is given back
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env)
     used = int(done.stdout) - p.cache                           # its pages are touched by the prompt, too

@@ -12,6 +12,7 @@ import tiny
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
+import kernel
 from model import MLA, Config, Gate, RMSNorm, Runtime, apply_rope
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +73,18 @@ def test_absorbed_attention_takes_its_softmax_in_fp32():
     expected = torch.einsum("bshc,hvc->bshv", o, w_v)
     assert torch.equal(attention._absorbed(q_nope, q_pe, latents, mask), expected)
     assert not torch.equal(weights, (scores * attention.scale).softmax(-1))     # what bf16 would have given
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+def test_bf16_multiplied_in_fp32_is_rounded_once(rows, monkeypatch):
+    """As on a CPU without bf16 instructions. W has three parts, the last of them shorter. Rounding to bf16 costs
+    at most 2^-8 of the result, a sum of k products in fp32 at most k * 2^-24 of the sum of their sizes."""
+    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
+    x, w = noise(rows, 701).bfloat16(), noise(3001, 701, seed=1).bfloat16()
+    batch, right = noise(3, rows, 64, seed=2).bfloat16(), noise(3, 64, 50, seed=3).bfloat16()
+    for result, a, b in ((kernel.linear(x, w), x, w.T), (kernel.matmul(batch, right), batch, right)):
+        a, b = a.double(), b.double()
+        exact, slack = a @ b, a.shape[-1] * 2 ** -24 * (a.abs() @ b.abs())
+        assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+        assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
+    assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows: as always
