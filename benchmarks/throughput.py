@@ -216,9 +216,12 @@ def median_seconds(work, times: int) -> float:
 
 
 def limits(device: str) -> dict[str, float]:
-    """Bytes/s of reading 1 GB and flop/s of a bf16 product of 2048 x 2048 matrices."""
+    """Bytes/s of reading 1 GB, and flop/s of a product of 2048 x 2048 matrices in bf16, or in fp32 on a CPU that
+    has no instructions for bf16 and takes longer for it."""
     big = torch.ones(2 ** 28, device=device)
-    a, b = torch.randn(2, 2048, 2048, device=device).bfloat16()
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    if kernel.MULTIPLIES_BF16 or device == "cuda":
+        a, b = a.bfloat16(), b.bfloat16()
     with torch.inference_mode():
         F.linear(a, b)
         return {"bandwidth": big.nbytes / median_seconds(big.sum, 3),
@@ -399,12 +402,13 @@ def main(argv: list[str] | None = None) -> int:
         llama = find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and args.device == "cpu"
         names = args.who or [name for name in ENGINES if name != "llama.cpp" or llama]
         facts = measure(folder, names, args.rounds, args.new_tokens, args.device)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else (
+        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
     facts = {"model": name, "device": where, "torch": torch.__version__, "rounds": args.rounds, **facts}
     bounds = facts["limits"]
     title = f"{name} on {where}"
     text = "\n".join([f"# {title}", "", f"bf16 unless it says otherwise, torch {torch.__version__}, medians of "
-                      f"{args.rounds} rounds. Reading {bounds['bandwidth'] / 1e9:.1f} GB/s, bf16 products "
+                      f"{args.rounds} rounds. Reading {bounds['bandwidth'] / 1e9:.1f} GB/s, products "
                       f"{bounds['gemm'] / 1e9:.0f} GFLOP/s, weights {facts['weights'] / 1e9:.2f} GB.", "",
                       *table(facts)])
     print(text)
