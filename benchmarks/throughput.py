@@ -216,8 +216,8 @@ def median_seconds(work, times: int) -> float:
 
 
 def limits(device: str) -> dict[str, float]:
-    """Bytes/s of reading 1 GB, and flop/s of a product of 2048 x 2048 matrices in bf16, or in fp32 on a CPU that
-    has no instructions for bf16 and takes longer for it."""
+    """Bytes/s of reading 1 GB, and flop/s of a product of 2048 x 2048 matrices: in bf16, or in fp32 on a CPU
+    that takes longer for bf16."""
     big = torch.ones(2 ** 28, device=device)
     a, b = torch.randn(2, 2048, 2048, device=device)
     if kernel.MULTIPLIES_BF16 or device == "cuda":
@@ -282,11 +282,12 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(folder: Path, names: list[str], rounds: int, new: int, device: str) -> dict:
+def measure(folder: Path, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
     """All that the report is made from; times in seconds, medians over the rounds."""
     loads = {name: [load_once(name, folder, device) for _ in range(min(rounds, 3))] for name in names}
     engines = {name: ENGINES[name](folder, device) for name in names}
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
+    tasks = [task for task in tasks if task[0] <= longest]
     taken, bounds = defaultdict(list), defaultdict(list)
     for number in range(rounds + 1):                            # the first one warms up
         for name, value in limits(device).items():
@@ -377,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--who", nargs="+", choices=list(ENGINES), help="(default: all that can run)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="of a decode task (%(default)s)")
+    parser.add_argument("--longest", type=int, default=LONG, help="leave out longer prompts (%(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="(benchmarks/results)")
     parser.add_argument("--load-only", choices=list(ENGINES), help=argparse.SUPPRESS)
@@ -384,11 +386,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.load_only:
         load_only(args.load_only, args.ckpt_path, args.device)
         return 0
-    for name in ("rounds", "new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    for name, least in (("rounds", 1), ("new_tokens", 1), ("longest", min(n for n, _ in DECODE))):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} or more")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, name = Path(scratch), (args.ckpt_path or args.config).resolve().stem
+        folder, name = Path(scratch), args.config.stem if args.config else args.ckpt_path.resolve().name
         try:
             cfg = Config.from_json(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
         except (ValueError, OSError) as error:
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
                 (folder / file.name).symlink_to(file.resolve())
         llama = find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and args.device == "cpu"
         names = args.who or [name for name in ENGINES if name != "llama.cpp" or llama]
-        facts = measure(folder, names, args.rounds, args.new_tokens, args.device)
+        facts = measure(folder, names, args.rounds, args.new_tokens, args.longest, args.device)
     where = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
     facts = {"model": name, "device": where, "torch": torch.__version__, "rounds": args.rounds, **facts}

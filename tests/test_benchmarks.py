@@ -56,16 +56,17 @@ def test_goals_are_judged_by_their_worst_case():
 @pytest.mark.parametrize("config", [tiny.qwen2, tiny.deepseek])
 def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_and_plot(config, tmp_path,
                                                                                       monkeypatch, capsys):
-    tiny.write(tmp_path / "hf", config(max_position_embeddings=4096))
+    tiny.write(tmp_path / "hf_0.5b", config(max_position_embeddings=4096))
     monkeypatch.setattr(throughput, "PROMPTS", (16,))
-    monkeypatch.setattr(throughput, "DECODE", ((8, 1), (8, 3), (40, 1)))
+    monkeypatch.setattr(throughput, "DECODE", ((8, 1), (8, 3), (20, 1), (40, 1)))
     monkeypatch.setattr(throughput, "LONG", 40)
     monkeypatch.setattr(throughput, "limits", lambda device: {"bandwidth": 1e10, "gemm": 1e12})
-    before = set((tmp_path / "hf").iterdir())
-    assert throughput.main(["--ckpt-path", str(tmp_path / "hf"), "--who", "ours", "transformers", "--rounds", "1",
-                            "--new-tokens", "3", "--output", str(tmp_path / "out")]) == 0
-    assert set((tmp_path / "hf").iterdir()) == before
-    path, = (tmp_path / "out").glob("throughput_hf_*.json")
+    before = set((tmp_path / "hf_0.5b").iterdir())
+    assert throughput.main(["--ckpt-path", str(tmp_path / "hf_0.5b"), "--who", "ours", "transformers",
+                            "--rounds", "1", "--new-tokens", "3", "--longest", "16",
+                            "--output", str(tmp_path / "out")]) == 0
+    assert set((tmp_path / "hf_0.5b").iterdir()) == before
+    path, = (tmp_path / "out").glob("throughput_hf_0.5b_*.json")
     facts = json.loads(path.read_text())
     assert [(r["task"], r["tokens"], r["rows"], r["who"]) for r in facts["rows"]] == [
         (*task, who) for task in (("prefill", 16, 1), ("decode", 8, 1), ("decode", 8, 3))

@@ -77,8 +77,8 @@ def test_absorbed_attention_takes_its_softmax_in_fp32():
 
 @pytest.mark.parametrize("rows", [5, 300])
 def test_bf16_multiplied_in_fp32_is_rounded_once(rows, monkeypatch):
-    """As on a CPU without bf16 instructions. W has three parts, the last of them shorter. Rounding to bf16 costs
-    at most 2^-8 of the result, a sum of k products in fp32 at most k * 2^-24 of the sum of their sizes."""
+    """As on a CPU without bf16 instructions. W has three parts, the last of them shorter. Rounding to bf16
+    costs at most 2^-8 of the result, a sum of k products in fp32 k * 2^-24 of the sum of their sizes."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
     x, w = noise(rows, 701).bfloat16(), noise(3001, 701, seed=1).bfloat16()
     batch, right = noise(3, rows, 64, seed=2).bfloat16(), noise(3, 64, 50, seed=3).bfloat16()
@@ -87,4 +87,4 @@ def test_bf16_multiplied_in_fp32_is_rounded_once(rows, monkeypatch):
         exact, slack = a @ b, a.shape[-1] * 2 ** -24 * (a.abs() @ b.abs())
         assert result.dtype == torch.bfloat16 and result.shape == exact.shape
         assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
-    assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows: as always
+    assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows
