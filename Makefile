@@ -24,7 +24,7 @@ $(INSTALLED): $(RUNTIME) requirements-dev.txt
 	touch $@
 
 test: $(INSTALLED)  ## the numerics suite, then the mutants: needs no GPU and no network
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal tests
 	$(VENV)/bin/python tests/mutants.py
 
 mutants: $(INSTALLED)  ## only the mutants: break the core on purpose and see the suite notice

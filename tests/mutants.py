@@ -5,18 +5,24 @@
 Each mutant is a bug that a port of DeepSeek-R1 could have; many have been seen in one. A copy of the project
 gets the edit and runs the tests named with it. If these still pass, the suite does not prove what it says.
 """
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import pytest
 
-MUTANTS = [     # description, file, original, replacement, test file that must fail
+ROOT = Path(__file__).resolve().parent.parent
+FORKS = multiprocessing.get_context("forkserver")       # torch and transformers are imported once for all
+FORKS.set_forkserver_preload(["torch", "transformers.models.deepseek_v3.modeling_deepseek_v3",
+                              "transformers.models.llama.modeling_llama",
+                              "transformers.models.qwen2.modeling_qwen2"])
+
+MUTANTS = [     # description, file, original, replacement, file of tests (or test) that must fail
     ("softmax scale without YaRN's mscale^2", "model.py",
      "** -0.5 * mscale ** 2", "** -0.5", "test_rope"),
     ("YaRN's ramp ends one pair early", "model.py",
@@ -68,37 +74,48 @@ MUTANTS = [     # description, file, original, replacement, test file that must 
     ("every rank reads the first slice", "convert.py",
      "start = tp.rank * size", "start = 0", "test_parallel"),
     ("an unfinished conversion passes for finished", "convert.py",
-     'glob("model*-mp*.safetensors*")', 'glob("none")', "test_convert"),
+     'glob("model*-mp*.safetensors*")', 'glob("none")',
+     "test_convert::test_a_killed_conversion_passes_for_nothing_and_goes_on_where_it_stopped"),
     ("a conversion continues the parts of another source", "convert.py",
-     "- 1 if file.read(len(header)) == header else 0", "- 1", "test_convert"),
+     "- 1 if file.read(len(header)) == header else 0", "- 1",
+     "test_convert::test_parts_of_another_source_are_not_continued"),
     ("top-p drops the token on the boundary", "generate.py",
      "(mass - probs < sampling.top_p)", "(mass < sampling.top_p)", "test_sampling"),
     ("the row that fills a gap leaves its cache behind", "generate.py",
-     "        cache.copy_row(len(rows), slot, last.length)\n", "", "test_generate"),
+     "        cache.copy_row(len(rows), slot, last.length)\n", "",
+     "test_generate::test_finished_rows_are_refilled_and_idle_rows_cost_nothing"),
     ("a second sample starts without its prompt", "generate.py",
-     "cache.copy_row(sources[0], slot, len(prompt))", "cache.lengths[slot] = len(prompt)", "test_generate"),
+     "cache.copy_row(sources[0], slot, len(prompt))", "cache.lengths[slot] = len(prompt)",
+     "test_generate::test_a_samples_tokens_depend_on_seed_prompt_and_sample_alone"),
     ("the end token is part of the text", "generate.py",
-     'new = () if reason == "stop" else (token,)', "new = (token,)", "test_generate"),
+     'new = () if reason == "stop" else (token,)', "new = (token,)",
+     "test_generate::test_finished_rows_are_refilled_and_idle_rows_cost_nothing"),
     ("the cache of the turn before is trusted one token too far", "generate.py",
      "return next((i for i, (kept, new) in pairs", "return next((i + 1 for i, (kept, new) in pairs",
-     "test_generate"),
+     "test_generate::test_the_next_turn_runs_only_what_follows_the_common_prefix"),
     ("reasoning may go on after its budget", "generate.py",
-     "            self.forced.extend(self.think.ending)\n", "            pass\n", "test_generate"),
+     "            self.forced.extend(self.think.ending)\n", "            pass\n",
+     "test_generate::test_a_think_budget_closes_the_reasoning_and_nothing_else"),
     ("a loop is seen in three rounds", "generate.py",
-     "np.maximum(3 * PERIODS,", "np.maximum(2 * PERIODS,", "test_generate"),
+     "np.maximum(3 * PERIODS,", "np.maximum(2 * PERIODS,",
+     "test_generate::test_a_loop_is_noticed_after_four_rounds_and_256_tokens"),
     ("only rank 0 stops at Ctrl-C", "generate.py",
-     "        dist.broadcast(answer, src=0, group=rt.tp.group)\n", "        pass\n", "test_interactive"),
+     "        dist.broadcast(answer, src=0, group=rt.tp.group)\n", "        pass\n",
+     "test_interactive::test_a_conversation_folds_its_reasoning_and_ctrl_c_stops_an_answer_on_all_ranks"),
     ("/retry draws the same numbers again", "generate.py",
-     "job.run(model, [prompt], [(0, attempt)]", "job.run(model, [prompt], [(0, 0)]", "test_interactive"),
+     "job.run(model, [prompt], [(0, attempt)]", "job.run(model, [prompt], [(0, 0)]",
+     "test_interactive::test_every_answer_is_a_sample_of_its_own"),
     ("ranks draw tokens on their own", "generate.py",
      "    if tp.size > 1:     # ranks", "    if False:     # ranks", "test_cli"),
     ("a long prompt runs in one piece", "generate.py",
-     ".split(model.rt.prefill_chunk, dim=1)", ".split(len(prompt), dim=1)", "test_long"),
+     ".split(model.rt.prefill_chunk, dim=1)", ".split(len(prompt), dim=1)",
+     "test_long::test_memory_is_linear_in_the_prompt_in_chunks_and_several_times_as_much_without"),
     ("each rank of a machine takes all of its memory for its own", "memory.py",
-     'return room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))', "return room", "test_long"),
+     'return room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))', "return room",
+     "test_long::test_free_memory_is_the_systems_or_the_containers_shared_by_its_ranks"),
     ("ranks wait for the user in the device group", "generate.py",
      "dist.broadcast_object_list(box, src=0, group=self.control)", "dist.broadcast_object_list(box, src=0)",
-     "test_ranks"),
+     "test_ranks::test_a_prompt_may_idle_for_longer_than_the_device_groups_time_out"),
     ("a grade reads the answer inside the reasoning", "tools/grading.py",
      "text.rpartition(END_THINK)", "text.partition(END_THINK)", "test_grading"),
     ("a grade takes an escaped brace for a real one", "tools/grading.py",
@@ -106,9 +123,11 @@ MUTANTS = [     # description, file, original, replacement, test file that must 
     ("samples without an answer vote in the grade", "tools/grading.py",
      "for label in labels if label is not None)", "for label in labels)", "test_grading"),
     ("a graded share's variance is short by (k - 1) / k", "tools/grading.py",
-     ".sum() / (k - 1)) / n)", ".sum() / k) / n)", "test_grading"),
+     ".sum() / (k - 1)) / n)", ".sum() / k) / n)",
+     "test_grading::test_errors_are_those_of_simulated_reruns_and_of_other_questions"),
     ("a graded letter is not turned back", "tools/evaluate.py",
-     'str(chosen["order"]["ABCD".index(answer)])', 'str("ABCD".index(answer))', "test_evaluate"),
+     'str(chosen["order"]["ABCD".index(answer)])', 'str("ABCD".index(answer))',
+     "test_evaluate::test_choices_are_shuffled_for_each_sample_and_letters_are_turned_back"),
     ("old reasoning goes back into the prompt", "chat.py",
      "content.rpartition(END_THINK)[2]", "content", "test_chat"),
     ("the post-processor's BOS comes on top of the format's", "chat.py",
@@ -134,6 +153,17 @@ MUTANTS = [     # description, file, original, replacement, test file that must 
 ]
 
 
+def run_tests(copy: Path, tests: str) -> None:
+    """Runs one file of tests, or one test of it, in a copy of the project; exits with pytest's code."""
+    file, *test = tests.split("::")
+    os.chdir(copy)
+    sys.path[0] = str(copy)         # it was the folder of this file, whose modules are not broken
+    with open("output", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "::".join([f"tests/{file}.py", *test])]))
+
+
 def survives(mutant: tuple[str, ...]) -> str | None:
     """None if the tests caught the mutant; otherwise what happened instead."""
     _, file, original, replacement, tests = mutant
@@ -144,12 +174,14 @@ def survives(mutant: tuple[str, ...]) -> str | None:
         if source.count(original) != 1:
             return f"{file} has {source.count(original)} places that read {original!r}; update this mutant"
         (copy / file).write_text(source.replace(original, replacement), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}.py"]
-        run = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
-        if run.returncode == 1:         # pytest: tests ran and some failed; other codes mean that none ran
+        process = FORKS.Process(target=run_tests, args=(copy, tests))
+        process.start()
+        process.join(timeout=600)
+        process.kill()
+        output = (copy / "output").read_text(encoding="utf-8")
+        if process.exitcode == 1 and "\n1 failed" in output:      # a test ran and failed, no error
             return None
-        return f"pytest {tests} ended with code {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
+        return f"pytest {tests} ended with code {process.exitcode}\n{output[-4000:]}"
 
 
 def main() -> int:
@@ -157,6 +189,7 @@ def main() -> int:
     if find_spec("triton") is None:
         print("without Triton, the mutants of its kernels are left out")
         chosen = [mutant for mutant in chosen if mutant[-1] != "test_triton"]
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         outcomes = list(zip(chosen, pool.map(survives, chosen)))
     for (description, file, *_), outcome in outcomes:
