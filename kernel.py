@@ -107,13 +107,17 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """x W^T as a multiply-and-sum: x [..., k], w [..., n, k], an e4m3 w with scale [..., nb, kb] -> [..., n].
 
     Made for torch.compile, which turns it into one pass over w in the time of reading it, and looks up a
-    matrix of a stack as it goes. Long rows are summed in 4 runs: a CPU starts one before the last has ended.
-    NaN codes do not become NaN here.
+    matrix of a stack as it goes. The pass goes through the quarters of w side by side, because memory serves
+    four readers faster than one. A row is summed in runs of up to 4096 numbers, because the compiler sums
+    longer ones in a slower way. NaN codes do not become NaN here.
     """
     if scale is None:
-        runs = 4 if x.shape[-1] >= 2048 and x.shape[-1] % 128 == 0 else 1
-        y = stored(x.float())[..., None, :] * w.float()                                     # [..., n, k]
-        return y.unflatten(-1, (runs, -1)).sum(-1).sum(-1).to(x.dtype)
+        n, k = w.shape[-2:]
+        runs = math.gcd(k, 1 << ((k - 1) // 4096).bit_length())
+        x32 = stored(x.float())[..., None, :]
+        products = [x32 * part.float() for part in w.chunk(4 if n % 64 == 0 else 1, dim=-2)]
+        quarters = [part.unflatten(-1, (runs, -1)).sum(-1).sum(-1) for part in products]        # [..., n/4]
+        return torch.cat(quarters, dim=-1).to(x.dtype)
     pad = (0, -x.shape[-1] % BLOCK)                 # an edge block's missing channels are zeros
     code = F.pad(w.view(torch.uint8), pad).to(torch.int32)      # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
     w = ((code & 0x7F) << 20 | (code & 0x80) << 24).view(torch.float32)
