@@ -135,7 +135,7 @@ def stored(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]; `matmul`, but with W converted 4 MB at a time."""
-    if x.shape[:-1].numel() <= 4 or not fp32_is_faster(x):      # so few rows wait for W, however it multiplies
+    if x.shape[:-1].numel() <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
         return F.linear(x, w)
     x32, parts = x.float(), w.chunk(1 + w.numel() // 2 ** 20)
     return torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
@@ -156,7 +156,7 @@ def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in fp32, of fp32 matrices that were converted from `dtype`, on a CPU.
 
     Numbers that were bf16 may be multiplied as bf16 again: nothing is lost, sums are fp32, and CPUs with bf16
-    instructions run at twice their fp32 speed. PyTorch has no product of bf16 matrices with fp32 results here.
+    instructions run at twice their fp32 speed. PyTorch has no bf16 product with fp32 results here.
     """
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16" if dtype == torch.bfloat16 else "ieee"
