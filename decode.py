@@ -1,42 +1,34 @@
 """One decode step: a token per row in, the next ones out. A long answer is thousands of these.
 
     eager       the readable reference: the model's forward pass, then the draw
-    compiled    on a CPU, with Runtime.compile: the forward pass of one row as C++, which uses weights as fast
-                as memory delivers them
+    compiled    on a CPU, with Runtime.compile: the forward pass of one row as C++ (compiled.py), which uses
+                weights as fast as memory delivers them
     captured    on a GPU, with Runtime.compile: all of the step as a CUDA graph, one launch, not thousands
 
 The last two need shapes and places that do not change: what goes in is written into buffers that stay where
 they are, positions count on the device (Cache.lengths), and a step reads a power of two of slots, whose empty
 end the mask hides. The host reads back nothing but what was drawn.
 """
-import functools
-import os
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from compiled import compile_forward, compiler
 from model import Cache, Runtime, Transformer
-
-@functools.cache
-def compiled_forward() -> Callable:
-    """Transformer.forward as C++, made at its first call; products and sums may become one instruction."""
-    return torch.compile(Transformer.forward.__wrapped__,
-                         options={"cpp.enable_floating_point_contract_flag": "fast"})
 
 
 def check(rt: Runtime) -> Runtime:
     """rt; ValueError if its `compile` cannot work here."""
     if rt.compile and rt.device.type == "cpu":
-        cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if not shutil.which(cxx):
-            raise ValueError(f"--compile needs a C++ compiler, and {cxx!r} is not there: install it, name "
-                             f"another one in the environment variable CXX, or leave --compile out")
+        if not shutil.which(compiler()):
+            raise ValueError(f"--compile needs a C++ compiler, and {compiler()!r} is not there: install it, "
+                             f"name another one in the environment variable CXX, or leave --compile out")
         if rt.tp.size > 1 or rt.rows > 1 or rt.fp8 == "gemm":
-            raise ValueError("--compile on a CPU goes with 1 rank, --batch-size 1, and --fp8 dequant or bf16; "
-                             f"here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 {rt.fp8}")
+            raise ValueError("--compile on a CPU goes with 1 rank, --batch-size 1, and --fp8 dequant or "
+                             f"bf16; here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 {rt.fp8}")
     return rt
 
 
@@ -49,6 +41,7 @@ class Decoder:
         self.tokens = torch.zeros(self.rt.rows, 1, dtype=torch.int64, device=self.rt.device)
         self.chances: list[Tensor] = []
         self.steps: dict[tuple, Callable] = {}
+        self.forward: Callable | None = None            # the compiled one
 
     @torch.inference_mode()
     def step(self, tokens: list[int], longest: int, draw: Callable, *chances: Tensor) -> tuple[Tensor, ...]:
@@ -65,21 +58,16 @@ class Decoder:
             self.steps[n, slots, draw] = prepare(n, slots, draw)
         return self.steps[n, slots, draw]()
 
-    def eager(self, n: int, slots: int, draw: Callable) -> Callable:
+    def eager(self, n: int, slots: int, draw: Callable, forward: Callable | None = None) -> Callable:
         """The step of n rows as a function without arguments: it works on the buffers."""
         tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
-        chances = [chance[:n] for chance in self.chances]
-        return lambda: draw(self.model(tokens, view, last=1)[:, -1], *chances)
+        chances, forward = [chance[:n] for chance in self.chances], forward or partial(self.model, last=1)
+        return lambda: draw(forward(tokens, view)[:, -1], *chances)
 
     def compiled(self, n: int, slots: int, draw: Callable) -> Callable:
-        """The forward pass as C++, compiled once for all lengths. Made for one row: batches gain nothing."""
-        from torch._dynamo import mark_dynamic          # takes a second, which a start without --compile saves
-        tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
-        for layer in view.layers:
-            for buffer in layer:
-                mark_dynamic(buffer, 1)
-        chances, forward = [chance[:n] for chance in self.chances], compiled_forward()
-        return lambda: draw(forward(self.model, tokens, view, last=1)[:, -1], *chances)
+        """The eager step with a forward pass in C++. Made for one row: batches gain nothing."""
+        self.forward = self.forward or compile_forward(self.model, self.cache.view(slice(0, n), slots))
+        return self.eager(n, slots, draw, self.forward)
 
     def captured(self, n: int, slots: int, draw: Callable) -> Callable:
         """The step runs once before its capture, so that libraries get what they keep; its slot is reused."""

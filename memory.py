@@ -39,9 +39,9 @@ class Plan:
 
 
 def plan(cfg: Config, rt: Runtime) -> Plan:
-    """Count what one rank holds and reads; rt gives ranks, dtype, rows, max_seq_len and prefill_chunk."""
-    rt = replace(rt, device=torch.device("meta"))
-    model, cache = Transformer(cfg, rt), Cache.allocate(cfg, rt)
+    """Count what one rank holds and reads; rt gives device, ranks, dtype, rows and lengths."""
+    meta = replace(rt, device=torch.device("meta"))
+    model, cache = Transformer(cfg, meta), Cache.allocate(cfg, meta)
     tensors = dict(model.state_dict())
     tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
     weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
@@ -87,18 +87,22 @@ def activations(model: Transformer, rt: Runtime) -> int:
     if cfg.mla:
         a = cfg.mla
         qk, v, groups = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
-        attention = s * heads * (3 * qk + 2 * v) + t * heads * (qk + a.qk_nope_head_dim + v)
-        attention += s * ((a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim))
+        latent = (a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)
+        projected = s * (heads * (3 * qk + 2 * v) + latent)
+        expanded = t * heads * (qk + a.qk_nope_head_dim + v)
     else:
         qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
-        attention = s * qk * (4 * heads + 4 * groups)
-    # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, and a block of scores
+        projected, expanded = s * qk * (4 * heads + 4 * groups), 0
+    # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores
     scores = min(min(512, s * heads // groups) * t, 2 ** 23)
     block = (4 * qk * (t + s * heads // groups) + scores * (size + 8)) // size + t * v
-    attention += max(t * heads * (qk + v) * (groups < heads), block)
+    attention = expanded + max(t * heads * (qk + v) * (groups < heads), block)
     if cfg.mla:
-        queries = max(rt.rows, min(s, model.layers[0].attn.absorb_up_to))       # absorbed: scores in fp32
-        attention = max(attention, 3 * queries * heads * t * 4 // size)
+        limit = model.layers[0].attn.absorb_up_to
+        score = size if kernel.fp32_is_faster(rt) else 3 * 4    # the mask for each head; or scores in fp32
+        absorbed = max(rt.rows, min(s, limit)) * heads * t * score // size
+        attention = max(absorbed, attention if s > limit else 0)
+    attention += projected
     inner = cfg.inter_dim if not cfg.moe else max(
         cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
     feed_forward = 3 * s * inner // ranks

@@ -455,10 +455,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
     """
     q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
-        q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                 # [b, g, h/g, d], [b, g, t, ..]
-        if torch.compiler.is_compiling():
+        q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
+        if torch.compiler.is_compiling() and not kernel.fp32_is_faster(q):
             scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # [b, g, h/g, t]
-            o = kernel.matmul((scores * scale + bias).softmax(dim=-1).to(v.dtype), v)
+            o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
         else:
             o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
         return o.flatten(1, 2)[:, None]
@@ -603,10 +603,14 @@ class MLA(nn.Module):
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
         q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
         q = torch.cat([q_c, q_pe], dim=-1).flatten(1, 2)                        # [b, s * h/P, c+r]
-        scores = kernel.matmul(latents, q.mT).mT.unflatten(1, q_c.shape[1:3])   # [b, s, h/P, t]
+        if kernel.fp32_is_faster(q):            # all heads as queries of one, so that latents are read once
+            bias, keys = bias.repeat_interleave(self.heads, dim=2), latents[:, None]        # [b, 1, t, c+r]
+            o_c = F.scaled_dot_product_attention(q[:, None], keys, keys, bias, scale=self.scale)
+            return per_head(o_c[:, 0, :, :self.c].unflatten(1, q_c.shape[1:3]), w_v.mT)
+        scores = (latents @ q.mT).mT.unflatten(1, q_c.shape[1:3])               # [b, s, h/P, t]
         scores = torch.add(bias.transpose(1, 2), scores.float(), alpha=self.scale)
         weights = scores.softmax(dim=-1).to(q.dtype)                            # V3 Eq. 10
-        o_c = kernel.matmul(weights.flatten(1, 2), latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
+        o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -756,7 +760,7 @@ class Transformer(nn.Module):
         Returns fp32 logits [b, s, vocab], or [b, last, vocab] for the last tokens only; the same on every
         rank. Rows may stand at different positions; all need s free slots in the cache that is passed.
         """
-        step = self._step(tokens.shape[1], cache)
+        step = self.step(tokens.shape[1], cache)
         x = self.embed(tokens)                                                  # [b, s, m]
         for block, layer_cache in zip(self.layers, cache.layers):
             x = block(x, step, layer_cache)
@@ -764,7 +768,7 @@ class Transformer(nn.Module):
         x = self.norm(x if last is None else x[:, -last:])
         return all_gather(product(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
 
-    def _step(self, n_new: int, cache: Cache) -> Step:
+    def step(self, n_new: int, cache: Cache) -> Step:
         device, slots = cache.lengths.device, cache.layers[0][0].shape[1]
         positions = cache.lengths[:, None] + torch.arange(n_new, device=device)         # [b, s]
         visible = torch.arange(slots, device=device) <= positions[..., None]    # [b, s, t]

@@ -151,6 +151,11 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
      " | (code & 0x80) << 24", "", "test_decode"),
     ("a step's bucket has no room for the new token", "decode.py",
      "1 << longest.bit_length()", "1 << (longest - 1).bit_length()", "test_decode"),
+    ("a compiled step leaves its slot to the next one", "compiled.py",
+     "cache.lengths += 1", "cache.lengths += 0",
+     "test_decode::test_a_compiled_model_says_the_same_and_compiles_once[dense]"),
+    ("absorbed attention in one kernel has another temperature", "model.py",
+     "keys, keys, bias, scale=self.scale)", "keys, keys, bias)", "test_rounding"),
     ("the sampler leaves out ids of the nucleus", "generate.py",
      "/ (2 * vocab)", "/ 2", "test_sampling"),
 ]

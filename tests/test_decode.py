@@ -3,15 +3,16 @@ of the eager one; it compiles once, whatever the prompts; its host looks at noth
 
 CUDA graphs themselves are not run: this is what can be shown of them without a GPU.
 """
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import compiled as compiled_parts
 import decode
 import kernel
 from convert import Checkpoint, load_model
@@ -73,14 +74,21 @@ def test_a_draw_from_the_nucleus_asks_the_device_for_nothing_unless_it_is_a_cpu(
 
 
 @pytest.mark.parametrize("family", ["dense", "demo"])
-def test_a_compiled_model_says_the_same_and_compiles_once_whatever_the_prompts(paths, family):
-    counters.clear()
+def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, tmp_path, monkeypatch):
+    """The prompts cross from the bucket of 256 slots into the next; the second model finds all parts made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = DEMO if family == "demo" else paths / family
-    eager, compiled = (load_model(Checkpoint(folder), Runtime(dtype=torch.float32, max_seq_len=700,
-                                                              compile=compile)) for compile in (False, True))
+    eager, compiled, again = (load_model(Checkpoint(folder), Runtime(dtype=torch.float32, max_seq_len=700,
+                                                                     compile=compile))
+                              for compile in (False, True, True))
+    built, build = [], compiled_parts.build
+    monkeypatch.setattr(compiled_parts, "build", lambda part, path: (built.append(path), build(part, path)))
     for prompts in ([[1, 5, 9, 30, 22, 11]], [[1, 7, 9] * 30, [1, 2]], [[1, 40, 41, 12] * 125]):
-        assert complete(compiled, prompts) == complete(eager, prompts)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        for model in (compiled, again):
+            assert complete(model, prompts) == complete(eager, prompts)
+    kinds = {"dense": 1, "demo": 2}[family]
+    assert len(built) == len(set(built)) == kinds + 1 < len(eager.layers) + 1
+    assert sorted((tmp_path / "deepseek-r1").iterdir()) == sorted(built)
 
 
 @pytest.mark.parametrize("n, k", [(256, 512), (300, 200), (64, 8960), (7, 4100)])
@@ -98,10 +106,18 @@ def test_multiply_and_sum_is_the_product(n, k):
         torch.testing.assert_close(got / size, expected / size, rtol=1e-5, atol=1e-4)
 
 
-def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch, capsys):
+def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     for settings in (dict(fp8="gemm"), dict(tp=Shard(0, 2)), dict(rows=2)):
         with pytest.raises(ValueError, match="--compile on a CPU goes with 1 rank, --batch-size 1, and --fp8 deq"):
             decode.check(Runtime(compile=True, **settings))
+    (tmp_path / "file").touch()
+    for variable, value, told in (("XDG_CACHE_HOME", tmp_path / "file", "--compile keeps its results in .*file.*"),
+                                  ("CXX", "false", "--compile: the C\\+\\+ compiler 'false' failed: .*")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv(variable, str(value))
+        assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
+        out, err = capsys.readouterr()
+        assert re.fullmatch(f"generate.py: error: {told}", err.splitlines()[-1])
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()

@@ -38,10 +38,10 @@ SMALL = dict(rope_scaling=YARN, max_position_embeddings=163_840, num_hidden_laye
 def far_logits(model: Transformer, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits [1, s, vocab] of tokens [1, s] rotated as at `positions` [1, s], in neighbouring cache slots.
 
-    The model's own _step gives both: the mask at the slots, and the angles at the positions.
+    The model's own step gives both: the mask at the slots, and the angles at the positions.
     """
     cache = Cache.allocate(model.cfg, model.rt).view(slice(0, 1), tokens.shape[1])
-    step = model._step
+    step = model.step
 
     def jump(n_new: int, cache: Cache):
         start = int(cache.lengths)
@@ -49,9 +49,9 @@ def far_logits(model: Transformer, tokens: torch.Tensor, positions: torch.Tensor
         return replace(step(n_new, cache), **{part: torch.cat([getattr(s, part) for s in turned], dim=1)
                                               for part in ("cos", "sin")})
 
-    model._step = jump
+    model.step = jump
     logits = torch.cat([model(piece, cache) for piece in tokens.split([32, 40, 1, 1, 22], dim=1)], dim=1)
-    model._step = step
+    model.step = step
     return logits
 
 

@@ -59,20 +59,31 @@ def test_rotation_is_done_in_fp32_and_rounded_once():
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
 
 
-def test_absorbed_attention_takes_its_softmax_in_fp32():
+def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
+    """On both kinds of CPUs. PyTorch's kernel keeps scores in fp32, too, so that only weights and result are
+    rounded (2^-9 each); scores in bf16 alone cost more."""
     attention = MLA(TINY, HALF)
-    q_nope, q_pe = noise(2, 3, 4, 64).bfloat16(), noise(2, 3, 4, 64, seed=1).bfloat16()
+    q_nope, q_pe = 8 * noise(2, 3, 4, 64).bfloat16(), 8 * noise(2, 3, 4, 64, seed=1).bfloat16()
     latents, w = noise(2, 9, 128, seed=2).bfloat16(), (noise(512, 64, seed=3) / 8).bfloat16()
     attention.wkv_b.load_state_dict({"weight": w}, assign=True)
-    mask = torch.ones(2, 1, 3, 9, dtype=torch.bool)
+    bias = torch.zeros(2, 1, 3, 9).bfloat16()
     w_k, w_v = w.view(4, 128, 64).split(64, dim=1)
     q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
+
+    def after(weights: torch.Tensor) -> torch.Tensor:
+        o = torch.einsum("bhst,btc->bshc", weights, latents[..., :64].to(weights.dtype))
+        return torch.einsum("bshc,hvc->bshv", o, w_v.to(weights.dtype))
+
     scores = torch.einsum("bshc,btc->bhst", q, latents)
     weights = (scores.float() * attention.scale).softmax(-1).bfloat16()
-    o = torch.einsum("bhst,btc->bshc", weights, latents[..., :64])
-    expected = torch.einsum("bshc,hvc->bshv", o, w_v)
-    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, mask), expected)
+    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
+    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, bias), after(weights))
     assert not torch.equal(weights, (scores * attention.scale).softmax(-1))     # what bf16 would have given
+    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
+    exact = torch.einsum("bshc,btc->bhst", q.double(), latents.double())
+    exact = after((exact * attention.scale).softmax(-1))
+    for result, close in ((attention._absorbed(q_nope, q_pe, latents, bias), True), (after(weights), False)):
+        assert ((result - exact).norm() <= 2 ** -8 * exact.norm()) == close
 
 
 @pytest.mark.parametrize("rows", [5, 300])

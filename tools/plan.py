@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert import Parser, load_config  # noqa: E402
 from memory import GIB, largest, plan  # noqa: E402
@@ -58,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config)
         if args.seq > cfg.context_len:
             raise ValueError(f"--seq is {args.seq}; this model was made for at most {cfg.context_len}")
-        rt = Runtime(dtype=DTYPES[args.dtype], tp=Shard(0, args.gpus), rows=args.batch, max_seq_len=args.seq,
-                     prefill_chunk=args.prefill_chunk)
+        rt = Runtime(torch.device("cuda"), DTYPES[args.dtype], tp=Shard(0, args.gpus), rows=args.batch,
+                     max_seq_len=args.seq, prefill_chunk=args.prefill_chunk)
         text, fits = report(cfg, rt, args.gpu_gib, args.reserve_gib, args.bandwidth)
     except (ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)

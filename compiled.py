@@ -1,0 +1,139 @@
+"""The decode step of one row as C++, for CPUs: what `--compile` is there. torch.export traces model.py, and
+TorchInductor writes loops from it that use weights as fast as memory delivers them.
+
+Not the model is compiled but its parts: each kind of layer (R1 has two, with an MLP and with experts), and
+the head. Weights are inputs of a part, so that one function serves all layers of its kind. Parts are kept in
+~/.cache/deepseek-r1, or where XDG_CACHE_HOME says, in files named by a hash of all that they depend on.
+"""
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from model import Block, Cache, RMSNorm, Step, Transformer, product
+
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and sum may be one instruction
+
+
+class Part(nn.Module):
+    """call(weights, *inputs) as a module, which is what torch.export takes.
+
+    inputs: tensors like those of a step. slots: {i: axis} of the inputs that have the cache's slots as an
+    axis, whose size stays open.
+    """
+
+    def __init__(self, call: Callable, weights: dict[str, Tensor], inputs: list[Tensor],
+                 slots: dict[int, int]):
+        super().__init__()
+        self.call, self.weights, self.inputs, self.slots = call, weights, inputs, slots
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        inputs, weights = tensors[:len(self.inputs)], tensors[len(self.inputs):]
+        return self.call(dict(zip(self.weights, weights)), *inputs)
+
+
+def layer(block: Block, weights: dict[str, Tensor], x: Tensor, positions: Tensor, bias: Tensor, cos: Tensor,
+          sin: Tensor, *cache: Tensor) -> Tensor:
+    return functional_call(block, weights, (x, Step(positions, bias, cos, sin), cache))
+
+
+def head(norm: RMSNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return product(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
+
+
+def parts_of(model: Transformer, cache: Cache) -> list[Part]:
+    """The layers of the model, then its head."""
+    x, now = torch.empty(1, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache)
+    parts = []
+    for block, buffers in zip(model.layers, cache.layers):
+        inputs = [x, now.positions, now.bias, now.cos, now.sin, *buffers]
+        slots = {2: 3} | {i: 1 for i in range(5, len(inputs))}                  # the bias, then the buffers
+        parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, slots))
+    weights = {"norm": model.norm.weight, "head": model.head.weight}
+    return [*parts, Part(functools.partial(head, model.norm), weights, [x], {})]
+
+
+def compile_forward(model: Transformer, cache: Cache) -> Callable:
+    """forward(tokens [1, 1], cache) -> fp32 logits [1, 1, vocab], as Transformer.forward, for one row.
+
+    Parts that are missing are made. OSError: the compiler failed, or their folder cannot be written.
+    """
+    parts = parts_of(model, cache)
+    paths = [path_of(part, model) for part in parts]
+    missing = {path: part for path, part in zip(paths, parts) if not path.exists()}
+    for path, part in tqdm(missing.items(), desc="compile", unit="part", disable=not missing):
+        build(part, path)
+    calls = [(load(path), list(part.weights.values())) for path, part in zip(paths, parts)]
+
+    def forward(tokens: Tensor, cache: Cache) -> Tensor:
+        x, now = model.embed(tokens), model.step(1, cache)
+        for (run, weights), buffers in zip(calls, cache.layers):
+            x, = run([x, now.positions, now.bias, now.cos, now.sin, *buffers, *weights])
+        cache.lengths += 1
+        run, weights = calls[-1]
+        return run([x, *weights])[0]
+    return forward
+
+
+def path_of(part: Part, model: Transformer) -> Path:
+    """Where the compiled part is kept."""
+    here = Path(__file__)
+    sources = [here.with_name(name).read_bytes() for name in (here.name, "kernel.py", "model.py")]
+    weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
+    what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg, weights)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-r1"
+    return folder / (hashlib.sha256(repr(what).encode()).hexdigest()[:32] + ".pt2")
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+@functools.cache
+def target(cxx: str) -> bytes:
+    """The compiler's predefined macros: its version, and the instructions that this CPU has."""
+    command = [cxx, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).stdout
+
+
+def build(part: Part, path: Path) -> None:
+    """Make the part's file, which appears when it is complete."""
+    from torch._inductor import aoti_compile_and_package, exc       # takes seconds, which later starts save
+    tensors, slots = [*part.inputs, *part.weights.values()], torch.export.Dim("slots", min=2)
+    open_axes = tuple({part.slots[i]: slots} if i in part.slots else None for i in range(len(tensors)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--compile keeps its results in {path.parent}, which cannot be written; the variable "
+                      f"XDG_CACHE_HOME can name another place: {error}") from None
+    with (tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.inference_mode(False),
+          torch.no_grad(), warnings.catch_warnings(action="ignore")):       # PyTorch's, about PyTorch
+        examples = tuple(map(torch.empty_like, tensors))            # only their shapes matter
+        program = torch.export.export(part, examples, dynamic_shapes={"tensors": open_axes})
+        try:
+            aoti_compile_and_package(program, package_path=f"{folder}/part.pt2",
+                                     inductor_configs=OPTIONS | {"cpp.cxx": (compiler(),)})
+        except exc.InductorError as error:
+            lines = str(error).splitlines()
+            cause = next((line for line in lines if "error:" in line), lines[0])
+            raise OSError(f"--compile: the C++ compiler {compiler()!r} failed: {cause}") from None
+        os.replace(f"{folder}/part.pt2", path)
+
+
+@functools.cache
+def load(path: Path) -> Callable:
+    """The compiled part: takes a list of inputs and weights, returns a list of one tensor.
+
+    torch._inductor.aoti_load_package is this with 150 MB of Python modules around it.
+    """
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).run
