@@ -135,10 +135,15 @@ def stored(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]; `matmul`, but with W converted 4 MB at a time."""
-    if x.shape[:-1].numel() <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
+    rows = x.shape[:-1].numel()
+    if rows <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
         return F.linear(x, w)
-    x32, parts = x.float(), w.chunk(1 + w.numel() // 2 ** 20)
-    return torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
+    x32, parts = x.float().flatten(0, -2), w.chunk(1 + w.numel() // 2 ** 20)
+    if rows <= 256:                             # W x^T: BLAS is faster with the longer side on the left
+        y = torch.cat([(part.float() @ x32.T).to(x.dtype) for part in parts]).T.contiguous()
+    else:
+        y = torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

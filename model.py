@@ -701,7 +701,8 @@ class MoE(nn.Module):
             return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
             n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
-            y[n] += weights[n, k, None] * self.experts(tokens[n], expert)       # V3 Eq. 12
+            out = self.experts(tokens.index_select(0, n), expert)               # twice as fast as tokens[n]
+            y.index_add_(0, n, weights[n, k, None] * out)                       # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
