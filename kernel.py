@@ -103,33 +103,52 @@ def widen(q: Tensor) -> Tensor:
     return (bits | (bits + 0x80) & 0x4000).view(torch.float16).float() * 256
 
 
-def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x W^T as a multiply-and-sum: x [..., k], w [..., n, k], an e4m3 w with scale [..., nb, kb] -> [..., n].
+def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    """x W^T as a multiply-and-sum: x [..., k], w [..., n, k] -> [..., n]; e4m3 has scale [..., nb, kb], and k in
+    fours. Of a stack w [e, n, k] `ids` [...] names a matrix for each x.
 
-    Made for torch.compile, which turns it into one pass over w in the time of reading it, and looks up a
-    matrix of a stack as it goes. The pass goes through the quarters of w side by side, because memory serves
-    four readers faster than one. A row is summed in runs of up to 4096 numbers, because the compiler sums
-    longer ones in a slower way. NaN codes do not become NaN here.
+    Made for torch.export, which turns it into one pass over w in the time of reading it, and looks up a matrix
+    of a stack as it goes. The pass goes through the quarters of w side by side, because memory serves four
+    readers faster than one.
     """
-    if scale is None:
-        n, k = w.shape[-2:]
-        runs = math.gcd(k, 1 << ((k - 1) // 4096).bit_length())
-        x32 = stored(x.float())[..., None, :]
-        products = [x32 * part.float() for part in w.chunk(4 if n % 64 == 0 else 1, dim=-2)]
-        quarters = [part.unflatten(-1, (runs, -1)).sum(-1).sum(-1) for part in products]        # [..., n/4]
-        return torch.cat(quarters, dim=-1).to(x.dtype)
-    pad = (0, -x.shape[-1] % BLOCK)                 # an edge block's missing channels are zeros
-    code = F.pad(w.view(torch.uint8), pad).to(torch.int32)      # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
-    w = ((code & 0x7F) << 20 | (code & 0x80) << 24).view(torch.float32)
-    x32 = stored(F.pad(x.float() * 2.0 ** 60, pad)) # half of the way back, so that no product underflows
-    blocks = (x32[..., None, :] * w).unflatten(-1, (-1, BLOCK)).sum(-1)                     # [..., n, kb]
-    scale = (scale * 2.0 ** 60).repeat_interleave(BLOCK, -2)[..., :w.shape[-2], :]
-    return (blocks * scale).sum(-1).to(x.dtype)
+    if scale is not None:
+        return matvec_fp8(x, w, scale, ids)
+    w = w if ids is None else w[ids]
+    x32 = stored(x.float())[..., None, :]
+    products = [x32 * part.float() for part in w.chunk(4 if w.shape[-2] % 64 == 0 else 1, dim=-2)]
+    return torch.cat([sums(part) for part in products], dim=-1).to(x.dtype)
+
+
+def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
+    """Four codes of w are read as a number, and x meets them as four vectors, times their blocks' scales.
+
+    That number is a float, though not used as one, because PyTorch reads vectors of integers several times
+    slower; `clamp`, which changes no float, makes that choice stay. NaN codes do not become NaN here.
+    """
+    n, rest = w.shape[-2], w.shape[-2] % BLOCK
+    if rest < n and rest:                               # the last block of rows is a ragged one
+        parts = [(w[..., :n - rest, :], scale[..., :-1, :]), (w[..., n - rest:, :], scale[..., -1:, :])]
+        return torch.cat([matvec_fp8(x, *part, ids) for part in parts], dim=-1)
+    w = w.view(torch.float32)                                                               # [..., n, k/4]
+    w, scale = (w, scale) if ids is None else (w[ids], scale[ids])
+    w = w.clamp(min=torch.finfo(w.dtype).min).view(torch.int32).unflatten(-2, (scale.shape[-2], -1))
+    scale = scale.repeat_interleave(BLOCK, -1)[..., :x.shape[-1]] * 2.0 ** 60               # [..., nb, k]
+    x4 = (x.float()[..., None, :] * scale).unflatten(-1, (-1, 4)).movedim(-1, 0)            # [4, .., nb, k/4]
+    total = 0
+    for x32, shift in zip(stored(x4.contiguous()), (24, 16, 8, 0)):
+        code = w << shift >> 4 & -0x78100000            # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
+        total = total + sums(x32[..., None, :] * code.view(torch.float32))                  # [..., nb, 128]
+    return (total.flatten(-2) * 2.0 ** 60).to(x.dtype)  # in two steps, so that nothing under- or overflows
+
+
+def sums(x: Tensor) -> Tensor:
+    """x.sum(-1) in runs of up to 4096 numbers, because the compiler sums longer ones in a slower way."""
+    runs = math.gcd(x.shape[-1], 1 << ((x.shape[-1] - 1) // 4096).bit_length())
+    return x.unflatten(-1, (runs, -1)).sum(-1).sum(-1)
 
 
 def stored(x: Tensor) -> Tensor:
-    """x, kept from merging with what uses it: torch.compile would convert x again for each row of a matrix.
-    With 16-bit numbers in a loop over e4m3 codes, their way to fp32 was not vectorised, either."""
+    """x, kept from merging with what uses it: the compiler would convert x again for each row of a matrix."""
     return x.as_strided(x.shape, x.stride())
 
 

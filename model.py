@@ -406,10 +406,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:     # [..., in] -> [..., out]
         weight, scale = self.weight, self.scale
+        if isinstance(expert, Tensor):
+            return kernel.matvec(x, weight, scale, expert)
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
-        if isinstance(expert, Tensor):
-            return kernel.matvec(x, weight, scale)
         if scale is None:
             y = product(x, weight)
             return y if self.bias is None else y + self.bias
