@@ -123,7 +123,7 @@ def build(part: Part, path: Path) -> None:
         try:
             aoti_compile_and_package(program, package_path=f"{folder}/part.pt2",
                                      inductor_configs=OPTIONS | {"cpp.cxx": (compiler(),)})
-        except exc.InductorError as error:
+        except (exc.InductorError, exc.CppCompileError, exc.InvalidCxxCompiler) as error:
             lines = str(error).splitlines()
             cause = next((line for line in lines if "error:" in line), lines[0])
             raise OSError(f"--compile: the C++ compiler {compiler()!r} failed: {cause}") from None
