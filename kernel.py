@@ -104,10 +104,10 @@ def widen(q: Tensor) -> Tensor:
 
 
 def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-    """x W^T as a multiply-and-sum: x [..., k], w [..., n, k] -> [..., n]; e4m3 has scale [..., nb, kb], and k in
-    fours. Of a stack w [e, n, k] `ids` [...] names a matrix for each x.
+    """x W^T as a multiply-and-sum: x [..., k], w [..., n, k] -> [..., n]; an e4m3 w has scale [..., nb, kb],
+    and k a multiple of 4. Of a stack w [e, n, k], `ids` [...] int64 name a matrix for each x.
 
-    Made for torch.export, which turns it into one pass over w in the time of reading it, and looks up a matrix
+    Made for compiled.py, where it becomes one pass over w in the time of reading it, which looks up a matrix
     of a stack as it goes. The pass goes through the quarters of w side by side, because memory serves four
     readers faster than one.
     """
