@@ -381,7 +381,7 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x [..., in], w [out, in] -> x W^T [..., out]. torch.compile makes one token's a single pass over W."""
+    """x [..., in], w [out, in] -> x W^T [..., out]. compiled.py makes one token's a single pass over W."""
     one_token = x.shape[:-1].numel() == 1
     return kernel.matvec(x, w) if one_token and torch.compiler.is_compiling() else kernel.linear(x, w)
 
