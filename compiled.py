@@ -1,5 +1,5 @@
-"""The decode step of one row as C++, for CPUs: what `--compile` is there. torch.export traces model.py, and
-TorchInductor writes loops from it that use weights as fast as memory delivers them.
+"""The decode step of a few rows as C++, for CPUs: what `--compile` is there. torch.export traces model.py,
+and TorchInductor writes loops from it that use weights as fast as memory delivers them.
 
 Not the model is compiled but its parts: each kind of layer (R1 has two, with an MLP and with experts), and
 the head. Weights are inputs of a part, so that one function serves all layers of its kind. Parts are kept in
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,14 +29,14 @@ OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and su
 class Part(nn.Module):
     """call(weights, *inputs) as a module, which is what torch.export takes.
 
-    inputs: tensors like those of a step. slots: {i: axis} of the inputs that have the cache's slots as an
-    axis, whose size stays open.
+    inputs: tensors like those of a step. open_axes: {i: {axis: name}} of the inputs that have axes whose size
+    stays open, though it is the same for all of one name.
     """
 
     def __init__(self, call: Callable, weights: dict[str, Tensor], inputs: list[Tensor],
-                 slots: dict[int, int]):
+                 open_axes: dict[int, dict[int, str]]):
         super().__init__()
-        self.call, self.weights, self.inputs, self.slots = call, weights, inputs, slots
+        self.call, self.weights, self.inputs, self.open_axes = call, weights, inputs, open_axes
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs, weights = tensors[:len(self.inputs)], tensors[len(self.inputs):]
@@ -51,32 +52,34 @@ def head(norm: RMSNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return product(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
 
 
-def parts_of(model: Transformer, cache: Cache) -> list[Part]:
-    """The layers of the model, then its head."""
-    x, now = torch.empty(1, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache)
+def parts_of(model: Transformer, rows: int) -> list[Part]:
+    """The layers of the model, then its head. A step reads the first `slots` of the cache's `room`."""
+    cache = Cache.allocate(model.cfg, replace(model.rt, rows=rows, max_seq_len=512))
+    x, now = torch.empty(rows, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache.lengths, 256)
     parts = []
     for block, buffers in zip(model.layers, cache.layers):
         inputs = [x, now.positions, now.bias, now.cos, now.sin, *buffers]
-        slots = {2: 3} | {i: 1 for i in range(5, len(inputs))}                  # the bias, then the buffers
-        parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, slots))
+        open_axes = {2: {3: "slots"}} | {i: {1: "room"} for i in range(5, len(inputs))}
+        parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, open_axes))
     weights = {"norm": model.norm.weight, "head": model.head.weight}
     return [*parts, Part(functools.partial(head, model.norm), weights, [x], {})]
 
 
 def compile_forward(model: Transformer, cache: Cache) -> Callable:
-    """forward(tokens [1, 1], cache) -> fp32 logits [1, 1, vocab], as Transformer.forward, for one row.
+    """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and the
+    first slots of `cache`.
 
     Parts that are missing are made. OSError: the compiler failed, or their folder cannot be written.
     """
-    parts = parts_of(model, cache)
+    parts = parts_of(model, rows=len(cache.lengths))
     paths = [path_of(part, model) for part in parts]
     missing = {path: part for path, part in zip(paths, parts) if not path.exists()}
     for path, part in tqdm(missing.items(), desc="compile", unit="part", disable=not missing):
         build(part, path)
     calls = [(load(path), list(part.weights.values())) for path, part in zip(paths, parts)]
 
-    def forward(tokens: Tensor, cache: Cache) -> Tensor:
-        x, now = model.embed(tokens), model.step(1, cache)
+    def forward(tokens: Tensor, slots: int) -> Tensor:
+        x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
         for (run, weights), buffers in zip(calls, cache.layers):
             x, = run([x, now.positions, now.bias, now.cos, now.sin, *buffers, *weights])
         cache.lengths += 1
@@ -90,7 +93,8 @@ def path_of(part: Part, model: Transformer) -> Path:
     here = Path(__file__)
     sources = [here.with_name(name).read_bytes() for name in (here.name, "kernel.py", "model.py")]
     weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
-    what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg, weights)
+    what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg,
+            len(part.inputs[0]), weights)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-r1"
     return folder / (hashlib.sha256(repr(what).encode()).hexdigest()[:32] + ".pt2")
 
@@ -109,8 +113,10 @@ def target(cxx: str) -> bytes:
 def build(part: Part, path: Path) -> None:
     """Make the part's file, which appears when it is complete."""
     from torch._inductor import aoti_compile_and_package, exc       # takes seconds, which later starts save
-    tensors, slots = [*part.inputs, *part.weights.values()], torch.export.Dim("slots", min=2)
-    open_axes = tuple({part.slots[i]: slots} if i in part.slots else None for i in range(len(tensors)))
+    tensors = [*part.inputs, *part.weights.values()]
+    sizes = {name: torch.export.Dim(name, min=2) for name in ("slots", "room")}
+    open_axes = tuple({axis: sizes[name] for axis, name in part.open_axes.get(i, {}).items()}
+                      for i in range(len(tensors)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

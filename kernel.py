@@ -35,6 +35,7 @@ except ImportError:         # no wheel for this system, or not wanted: section 1
 BLOCK = 128        # the edge of a weight block, and the run of channels that share an activation scale
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
 FP8 = torch.float8_e4m3fn
+FEW = 8            # rows up to which compiled products are a multiply-and-sum
 MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,15 +109,17 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
     and k a multiple of 4. Of a stack w [e, n, k], `ids` [...] int64 name a matrix for each x.
 
     Made for compiled.py, where it becomes one pass over w in the time of reading it, which looks up a matrix
-    of a stack as it goes. The pass goes through the quarters of w side by side, because memory serves four
-    readers faster than one.
+    of a stack as it goes. For one x the pass goes through the quarters of w side by side, because memory
+    serves four readers faster than one; a few x that have one w [n, k] in common share each number read.
     """
     if scale is not None:
         return matvec_fp8(x, w, scale, ids)
-    w = w if ids is None else w[ids]
-    x32 = stored(x.float())[..., None, :]
-    products = [x32 * part.float() for part in w.chunk(4 if w.shape[-2] % 64 == 0 else 1, dim=-2)]
-    return torch.cat([sums(part) for part in products], dim=-1).to(x.dtype)
+    w, x32 = w if ids is None else w[ids], stored(x.float())
+    rows = x32.view(-1, x.shape[-1]).unbind() if w.dim() == 2 else [x32[..., None, :]]
+    parts = w.chunk(max(1, 4 // len(rows)) if w.shape[-2] % 64 == 0 else 1, dim=-2)
+    parts = [part.float() for part in parts]
+    y = torch.cat([sums(row * part) for row in rows for part in parts], dim=-1).to(x.dtype)
+    return y.view(*x.shape[:-1], -1) if w.dim() == 2 else y
 
 
 def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
@@ -125,20 +128,27 @@ def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tenso
     That number is a float, though not used as one, because PyTorch reads vectors of integers several times
     slower; `clamp`, which changes no float, makes that choice stay. NaN codes do not become NaN here.
     """
-    n, rest = w.shape[-2], w.shape[-2] % BLOCK
+    n, rest, shared = w.shape[-2], w.shape[-2] % BLOCK, w.dim() == 2
     if rest < n and rest:                               # the last block of rows is a ragged one
         parts = [(w[..., :n - rest, :], scale[..., :-1, :]), (w[..., n - rest:, :], scale[..., -1:, :])]
         return torch.cat([matvec_fp8(x, *part, ids) for part in parts], dim=-1)
     w = w.view(torch.float32)                                                               # [..., n, k/4]
     w, scale = (w, scale) if ids is None else (w[ids], scale[ids])
     w = w.clamp(min=torch.finfo(w.dtype).min).view(torch.int32).unflatten(-2, (scale.shape[-2], -1))
+    codes = [w << shift >> 4 & -0x78100000 for shift in (24, 16, 8, 0)]     # seeeemmm, as s0000eeeemmm0...:
+    codes = [code.view(torch.float32) for code in codes]                    # 2^-120 w [..., nb, 128, k/4]
     scale = scale.repeat_interleave(BLOCK, -1)[..., :x.shape[-1]] * 2.0 ** 60               # [..., nb, k]
     x4 = (x.float()[..., None, :] * scale).unflatten(-1, (-1, 4)).movedim(-1, 0)            # [4, .., nb, k/4]
-    total = 0
-    for x32, shift in zip(stored(x4.contiguous()), (24, 16, 8, 0)):
-        code = w << shift >> 4 & -0x78100000            # seeeemmm, as fp32 s0000eeeemmm0...: 2^-120 w
-        total = total + sums(x32[..., None, :] * code.view(torch.float32))                  # [..., nb, 128]
-    return (total.flatten(-2) * 2.0 ** 60).to(x.dtype)  # in two steps, so that nothing under- or overflows
+    x4 = stored(x4.contiguous())[..., None, :]
+    rows = x4.view(4, -1, *x4.shape[-3:]).unbind(1) if shared else [x4]
+    y = [sums(sum(x32 * code for x32, code in zip(row, codes))) for row in rows]            # [..., nb, 128]
+    y = (torch.stack(y).view(*x.shape[:-1], n) if shared else y[0].flatten(-2)) * 2.0 ** 60
+    return y.to(x.dtype)                                # in two steps, so that nothing under- or overflows
+
+
+def few(x: Tensor) -> bool:
+    """Whether `matvec` is to multiply x [..., k]: compiled.py is at work, and there are a few rows at most."""
+    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW
 
 
 def sums(x: Tensor) -> Tensor:

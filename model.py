@@ -354,10 +354,10 @@ class Step:
     sin: Tensor             # [b, s, 1, r/2]
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Write new [b, s, ...] into buffer [b, t, ...] at the new tokens' positions; return the buffer."""
+        """Write new [b, s, ...] into buffer [b, >= t, ...] at the new tokens' positions; return [b, t, ...]."""
         rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]     # [b, 1]
         buffer[rows, self.positions] = new
-        return buffer
+        return buffer[:, :self.bias.shape[-1]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -381,9 +381,8 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x [..., in], w [out, in] -> x W^T [..., out]. compiled.py makes one token's a single pass over W."""
-    one_token = x.shape[:-1].numel() == 1
-    return kernel.matvec(x, w) if one_token and torch.compiler.is_compiling() else kernel.linear(x, w)
+    """x [..., in], w [out, in] -> x W^T [..., out]. compiled.py makes it a single pass over W."""
+    return kernel.matvec(x, w) if kernel.few(x) else kernel.linear(x, w)
 
 
 class Linear(nn.Module):
@@ -415,7 +414,7 @@ class Linear(nn.Module):
             return y if self.bias is None else y + self.bias
         if self.fp8 == "gemm":
             return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
-        if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
+        if kernel.few(x):
             return kernel.matvec(x, weight, scale)
         return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
@@ -761,7 +760,7 @@ class Transformer(nn.Module):
         Returns fp32 logits [b, s, vocab], or [b, last, vocab] for the last tokens only; the same on every
         rank. Rows may stand at different positions; all need s free slots in the cache that is passed.
         """
-        step = self.step(tokens.shape[1], cache)
+        step = self.step(tokens.shape[1], cache.lengths, cache.layers[0][0].shape[1])
         x = self.embed(tokens)                                                  # [b, s, m]
         for block, layer_cache in zip(self.layers, cache.layers):
             x = block(x, step, layer_cache)
@@ -769,9 +768,9 @@ class Transformer(nn.Module):
         x = self.norm(x if last is None else x[:, -last:])
         return all_gather(product(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
 
-    def step(self, n_new: int, cache: Cache) -> Step:
-        device, slots = cache.lengths.device, cache.layers[0][0].shape[1]
-        positions = cache.lengths[:, None] + torch.arange(n_new, device=device)         # [b, s]
+    def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
+        device = lengths.device
+        positions = lengths[:, None] + torch.arange(n_new, device=device)       # [b, s]
         visible = torch.arange(slots, device=device) <= positions[..., None]    # [b, s, t]
         hidden = torch.full((), -math.inf, dtype=self.rt.dtype, device=device)
         bias = torch.where(visible, 0.0, hidden)                                # [b, s, t]

@@ -313,10 +313,10 @@ def measure(folder: Path, names: list[str], rounds: int, new: int, longest: int,
 
 
 def takes_part(name: str, n: int, rows: int, new: int) -> bool:
-    """Compiled is one row's decoding; the rest would be measured twice. llama.cpp's batches are not."""
-    if "compiled" in name or name == "llama.cpp":
-        return rows == 1 and (new > 0 or name == "llama.cpp") and (n < LONG or name == "ours compiled")
-    return n < LONG
+    """Compiled is decoding; reading would be measured twice. Batches are for those that have them in bf16."""
+    if "compiled" in name and new == 0 or name in ("llama.cpp", "ours compiled fp8") and rows > 1:
+        return False
+    return n < LONG or name == "ours compiled"
 
 
 def share(cfg: Config, n: int, rows: int, new: int, name: str, seconds: float, bounds: dict) -> float:

@@ -114,6 +114,7 @@ def test_a_config_that_is_not_there_is_one_clear_line(capsys):
 def test_nothing_is_measured_twice_and_nobody_is_asked_for_what_he_cannot():
     takes_part = throughput.takes_part
     assert takes_part("ours compiled", 8000, 1, 128) and not takes_part("transformers", 8000, 1, 128)
-    assert not takes_part("ours compiled", 128, 8, 128) and not takes_part("ours compiled", 512, 1, 0)
+    assert takes_part("ours compiled", 128, 8, 128) and not takes_part("ours compiled", 512, 1, 0)
+    assert takes_part("ours compiled fp8", 128, 1, 128) and not takes_part("ours compiled fp8", 128, 8, 128)
     assert takes_part("llama.cpp", 512, 1, 0) and not takes_part("llama.cpp", 128, 8, 128)
     assert all(takes_part(who, 2000, 8, 128) for who in ("ours", "transformers", "transformers fp32"))
