@@ -62,9 +62,9 @@ class Decoder:
         return lambda: draw(self.model(tokens, view, last=1)[:, -1], *chances)
 
     def compiled(self, n: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
-        """The step with a forward pass in C++: of a power of two of rows, so that few numbers of rows are
-        compiled. Those without a completion run a token from their first slot on."""
-        rows = min(1 << (n - 1).bit_length(), self.rt.rows)
+        """The step with a forward pass in C++, of one row or of all, so that only these two are compiled; rows
+        without a completion run a token in their first slot."""
+        rows = 1 if n == 1 else self.rt.rows
         if rows not in self.forwards:
             everything = self.cache.view(slice(0, rows), self.rt.max_seq_len)
             self.forwards[rows] = compile_forward(self.model, everything)

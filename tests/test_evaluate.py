@@ -133,7 +133,7 @@ def test_a_resumed_run_may_have_another_batch_size_and_lists_the_software_of_eac
     evaluate.write_json(begun / "run.json", json.loads((begun / "run.json").read_text()) | {"software": old})
     assert run(*DEMO, "--batch-size", "5", "--resume", "--out", begun) == 0
     made = result(begun)["run"]
-    assert made["software"] == old + now and made["batch size"] == 5
+    assert made["software"] == old + now and made["batch size"] == 5 and made["compile"] is False
     assert (begun / "completions.jsonl").read_bytes() == (demo / "completions.jsonl").read_bytes()
 
 
@@ -479,6 +479,7 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["run", "--task", "aime24", "--api", "http://localhost:1"], "--model"),
        (["run", "--task", "aime24", "--ckpt-path", "demo"], "HuggingFaceH4/aime_2024"),
        (["run", "--task", "demo", "--no-thinking"], "--no-thinking goes with --api"),
+       (["run", "--task", "demo", "--compile", "--batch-size", "9"], "a --batch-size up to 8"),
        (["run", "--task", "CODE", "--ckpt-path", "demo"], "executes generated code"),
        (["export", "--task", "no such task"], "neither a file nor one of demo, aime24"),
        (["export", "--task", "DATA", "--prompt", "nice"], "nice"),

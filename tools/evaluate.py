@@ -37,6 +37,7 @@ from tqdm import tqdm
 FIRST = int(os.environ.get("RANK", 0)) == 0     # of torchrun's ranks: the one that reads, writes and speaks
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import decode  # noqa: E402
 import grading  # noqa: E402
 import kernel  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
@@ -91,14 +92,16 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
     dtype = cfg.dtype if args.dtype == "auto" else args.dtype
     dtype = "float32" if dtype == "float32" else "bfloat16"
     fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
+    decode.check(Runtime(ranks.device, fp8=fp8, tp=ranks.tp, rows=args.batch_size, compile=args.compile))
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
         "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint), "dtype": dtype, "fp8": fp8,
         "chat template": template, "chat template sha256": sha256(template), "device": device,
-        "ranks": ranks.tp.size}, {"thinking": chat.thinks(template), "batch size": args.batch_size})
+        "ranks": ranks.tp.size}, {"thinking": chat.thinks(template), "batch size": args.batch_size,
+                                  "compile": args.compile})
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
-    runtime = dict(dtype=DTYPES[dtype], fp8=fp8, max_seq_len=longest + most,
+    runtime = dict(dtype=DTYPES[dtype], fp8=fp8, max_seq_len=longest + most, compile=args.compile,
                    rows=max(1, min(args.batch_size, len(wanted))))
     return plan, chat, results, (runtime, dict(
         prompts=prompts, stop_ids=chat.tokenizer.stop_ids, max_new_tokens=most, wanted=wanted,
@@ -472,6 +475,7 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
     for flag, *values in (("--dtype", "bfloat16", "float32"), ("--fp8", "gemm", "dequant", "bf16"),
                           ("--device", "cpu", "cuda")):
         sub.add_argument(flag, choices=["auto", *values], default="auto", help="as in generate.py (auto)")
+    sub.add_argument("--compile", action="store_true", help="as in generate.py")
     sub.add_argument("--api", metavar="URL", help="sample from a server, e.g. http://localhost:8000/v1; the "
                      "environment's OPENAI_API_KEY goes with requests")
     sub.add_argument("--concurrency", type=int, default=64, help="requests at a time (%(default)s)")
