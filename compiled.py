@@ -65,18 +65,24 @@ def parts_of(model: Transformer, rows: int) -> list[Part]:
     return [*parts, Part(functools.partial(head, model.norm), weights, [x], {})]
 
 
+def make_parts(model: Transformer, rows: int) -> list[tuple[Path, Part]]:
+    """All parts of a step of so many rows and their files, of which those that are missing are made.
+
+    OSError: the compiler failed, or the files' folder cannot be written.
+    """
+    parts = [(path_of(part, model), part) for part in parts_of(model, rows)]
+    missing = {path: part for path, part in parts if not path.exists()}
+    name = f"compile for {rows} row{'s' * (rows > 1)}"
+    for path, part in tqdm(missing.items(), desc=name, unit="part", disable=not missing):
+        build(part, path)
+    return parts
+
+
 def compile_forward(model: Transformer, cache: Cache) -> Callable:
     """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and the
-    first slots of `cache`.
-
-    Parts that are missing are made. OSError: the compiler failed, or their folder cannot be written.
-    """
-    parts = parts_of(model, rows=len(cache.lengths))
-    paths = [path_of(part, model) for part in parts]
-    missing = {path: part for path, part in zip(paths, parts) if not path.exists()}
-    for path, part in tqdm(missing.items(), desc="compile", unit="part", disable=not missing):
-        build(part, path)
-    calls = [(load(path), list(part.weights.values())) for path, part in zip(paths, parts)]
+    first slots of `cache`."""
+    parts = make_parts(model, rows=len(cache.lengths))
+    calls = [(load(path), list(part.weights.values())) for path, part in parts]
 
     def forward(tokens: Tensor, slots: int) -> Tensor:
         x, now = model.embed(tokens), model.step(1, cache.lengths, slots)

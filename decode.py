@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernel
-from compiled import compile_forward, compiler
+from compiled import compile_forward, compiler, make_parts
 from model import Cache, Runtime, Transformer
 
 
@@ -31,6 +31,13 @@ def check(rt: Runtime) -> Runtime:
                              f"--fp8 dequant or bf16; here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 "
                              f"{rt.fp8}")
     return rt
+
+
+def precompile(model: Transformer) -> None:
+    """Make the C++ of all steps, if there is to be any: no answer waits for it. OSError: it cannot be made."""
+    if model.rt.compile and model.rt.device.type == "cpu":
+        for rows in {1, model.rt.rows}:
+            make_parts(model, rows)
 
 
 class Decoder:

@@ -37,7 +37,7 @@ import memory
 from batch import Results, as_messages, read_prompts, run_batch
 from chat import END_THINK, THINK, Chat, Tokenizer, advised
 from convert import Checkpoint, Parser, fingerprint, load_model, rank_file
-from decode import Decoder, check
+from decode import Decoder, check, precompile
 from interactive import Conversation, Keyboard, Screen, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
 
@@ -682,6 +682,7 @@ def run(args: argparse.Namespace) -> int:
         introduce(checkpoint, ranks)
         rt = runtime(args, checkpoint.cfg, ranks, job.rows, job.max_seq_len)
         model = ranks.together(lambda: load_model(checkpoint, rt))
+        precompile(model)
     except (ValueError, OSError) as error:
         return fail(error)
     if chat:

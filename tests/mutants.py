@@ -150,6 +150,8 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
     ("the quarters of a compiled product are joined in reverse", "kernel.py",
      "for row in rows for part in parts]", "for row in rows for part in parts[::-1]]",
      "test_decode::test_multiply_and_sum_is_the_product"),
+    ("rows that share a matrix all get the first one's product", "kernel.py",
+     "sums(row * part)", "sums(rows[0] * part)", "test_decode::test_multiply_and_sum_is_the_product"),
     ("a decoded e4m3 code loses its sign", "kernel.py",
      "& -0x78100000", "& 0x07F00000", "test_decode::test_multiply_and_sum_is_the_product"),
     ("a step's bucket has no room for the new token", "decode.py",

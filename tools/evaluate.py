@@ -73,6 +73,7 @@ def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
     runtime, call = ranks.share(call)
     model = ranks.together(lambda: load_model(
         Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
+    decode.precompile(model)
     records = [{"prompt": text} for text in plan.prompts()] if FIRST else []
     run_batch(generate(model, **call), len(call["wanted"]), chat, records, results)
     return plan
