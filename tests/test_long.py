@@ -43,11 +43,11 @@ def far_logits(model: Transformer, tokens: torch.Tensor, positions: torch.Tensor
     cache = Cache.allocate(model.cfg, model.rt).view(slice(0, 1), tokens.shape[1])
     step = model.step
 
-    def jump(n_new: int, cache: Cache):
-        start = int(cache.lengths)
-        turned = [step(1, replace(cache, lengths=positions[0, i, None])) for i in range(start, start + n_new)]
-        return replace(step(n_new, cache), **{part: torch.cat([getattr(s, part) for s in turned], dim=1)
-                                              for part in ("cos", "sin")})
+    def jump(n_new: int, lengths: torch.Tensor, slots: int):
+        start = int(lengths)
+        turned = [step(1, positions[0, i, None], slots) for i in range(start, start + n_new)]
+        return replace(step(n_new, lengths, slots), **{part: torch.cat([getattr(s, part) for s in turned], dim=1)
+                                                       for part in ("cos", "sin")})
 
     model.step = jump
     logits = torch.cat([model(piece, cache) for piece in tokens.split([32, 40, 1, 1, 22], dim=1)], dim=1)
