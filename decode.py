@@ -9,15 +9,18 @@ A graph needs shapes and places that do not change: what goes in is written into
 are, positions count on the device (Cache.lengths), and a step reads a power of two of slots, whose empty end
 the mask hides. The host reads back nothing but what was drawn.
 """
+import functools
 import shutil
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import kernel
 from compiled import compile_forward, compiler, make_parts
-from model import Cache, Runtime, Transformer
+from model import Block, Cache, Runtime, Transformer
 
 
 def check(rt: Runtime) -> Runtime:
@@ -40,68 +43,115 @@ def precompile(model: Transformer) -> None:
             make_parts(model, rows)
 
 
+@functools.cache
+def fuse(function: Callable, tune: bool) -> Callable:
+    """The function, for a GPU: TorchInductor makes few kernels of its many, which round where the eager ones do, so
+    that tokens stay the same. `tune` has it try out tiles for them: 2 % faster for twice the time to compile."""
+    options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True,
+               "coordinate_descent_tuning": tune}
+    known = torch._inductor.list_options()              # 2.9 lacks one
+    return torch.compile(function, options={name: value for name, value in options.items() if name in known})
+
+
+def finish(model: Transformer, x: Tensor, draw: Callable, *chances: Tensor) -> tuple[Tensor, ...]:
+    return draw(model.logits(x)[:, -1], *chances)
+
+
 class Decoder:
     """Steps of the first rows of `cache`. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
     into tensors, without a look at their values; draws that are equal share a graph."""
 
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache, self.rt = model, cache, model.rt
-        self.tokens = torch.zeros(self.rt.rows, 1, dtype=torch.int64, device=self.rt.device)
-        self.chances: list[Tensor] = []
+        self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host, pinned for a GPU
         self.graphs: dict[tuple, Callable] = {}
         self.forwards: dict[int, Callable] = {}         # compiled, for so many rows
 
     @torch.inference_mode()
-    def step(self, tokens: list[int], longest: int, draw: Callable, *chances: Tensor) -> tuple[Tensor, ...]:
+    def step(self, tokens: list[int], longest: int, draw: Callable, *chances: np.ndarray) -> tuple[Tensor, ...]:
         """Run a token for each of the first rows, the longest of which holds `longest`, and draw the next."""
-        n, slots = len(tokens), longest + 1
-        self.chances = self.chances or [chance.new_zeros(self.rt.rows) for chance in chances]
-        for buffer, values in zip((self.tokens[:, 0], *self.chances), (torch.tensor(tokens), *chances)):
-            buffer[:n] = values
+        n, slots, cuda = len(tokens), longest + 1, self.rt.device.type == "cuda"
+        given = np.array(tokens), *chances
+        if not self.given:
+            empty = (torch.from_numpy(np.zeros(self.rt.rows, values.dtype)) for values in given)
+            self.given = [values.pin_memory() if cuda else values for values in empty]
+        for buffer, values in zip(self.given, given):
+            buffer.numpy()[:n] = values
         if not self.rt.compile:
             return self.eager(n, slots, draw)()
-        return (self.replayed if self.rt.device.type == "cuda" else self.compiled)(n, slots, draw)
+        rows = 1 if n == 1 else self.rt.rows            # two sizes are compiled, no more; rows without a completion
+        if n < rows:                                    # run a token in their first slot
+            self.cache.lengths[n:rows] = 0
+        run = self.replayed if cuda else self.compiled
+        return tuple(drawn[:n] for drawn in run(rows, slots, draw))
+
+    def read(self, rows: int) -> list[Tensor]:
+        """Tokens [rows, 1] and chances [rows] of the first rows, on the device."""
+        tokens, *chances = (buffer[:rows].to(self.rt.device, non_blocking=True) for buffer in self.given)
+        return [tokens[:, None], *chances]
 
     def eager(self, n: int, slots: int, draw: Callable) -> Callable:
         """The step of n rows as a function without arguments: it works on the buffers."""
-        tokens, view = self.tokens[:n], self.cache.view(slice(0, n), slots)
-        chances = [chance[:n] for chance in self.chances]
-        return lambda: draw(self.model(tokens, view, last=1)[:, -1], *chances)
+        view = self.cache.view(slice(0, n), slots)
 
-    def compiled(self, n: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
-        """The step with a forward pass in C++, of one row or of all, so that only these two are compiled; rows
-        without a completion run a token in their first slot."""
-        rows = 1 if n == 1 else self.rt.rows
+        def step() -> tuple[Tensor, ...]:
+            tokens, *chances = self.read(n)
+            return draw(self.model(tokens, view, last=1)[:, -1], *chances)
+        return step
+
+    def compiled(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
+        """The step with a forward pass in C++."""
         if rows not in self.forwards:
             everything = self.cache.view(slice(0, rows), self.rt.max_seq_len)
             self.forwards[rows] = compile_forward(self.model, everything)
-        self.cache.lengths[n:rows] = 0
+        tokens, *chances = self.read(rows)
         slots = min(-(-slots // 64) * 64, self.rt.max_seq_len)
-        logits = self.forwards[rows](self.tokens[:rows], slots)[:n, -1]
-        return draw(logits, *(chance[:n] for chance in self.chances))
+        return draw(self.forwards[rows](tokens, slots)[:, -1], *chances)
 
-    def replayed(self, n: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
+    def replayed(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step as a graph, captured when its power of two of slots is first needed."""
         slots = min(max(256, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
-        if (n, slots, draw) not in self.graphs:
-            self.graphs[n, slots, draw] = self.captured(n, slots, draw)
-        return self.graphs[n, slots, draw]()
+        if (rows, slots, draw) not in self.graphs:
+            quiet = self.rt.tp.rank > 0 or any(rows == others for others, *_ in self.graphs)
+            with tqdm(desc=f"compile for {rows} row{'s' * (rows > 1)}", bar_format="{desc}", leave=False, disable=quiet):
+                self.graphs[rows, slots, draw] = self.captured(self.fused(rows, slots, draw))
+        return self.graphs[rows, slots, draw]()
 
-    def captured(self, n: int, slots: int, draw: Callable) -> Callable:
-        """The eager step as a graph. It runs once before its capture, so that libraries get what they keep;
-        its slot is reused."""
-        step, lengths = self.eager(n, slots, draw), self.cache.lengths.clone()
+    def fused(self, rows: int, slots: int, draw: Callable) -> Callable:
+        """`eager`, with compiled layers. One kernel serves all numbers of slots."""
+        model, cache = self.model, self.cache.view(slice(0, rows), slots)
+        tune = rows == 1 and not model.cfg.fp8          # else kernel.py and cuBLAS read the weights, not the fused loops
+        run_layer, run_finish = fuse(Block.forward, tune), fuse(finish, tune)
+
+        def step() -> tuple[Tensor, ...]:
+            tokens, *chances = self.read(rows)
+            x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
+            torch._dynamo.maybe_mark_dynamic(now.bias, 3)
+            for block, buffers in zip(model.layers, cache.layers):
+                for buffer in buffers:
+                    torch._dynamo.maybe_mark_dynamic(buffer, 1)
+                x = run_layer(block, x, now, buffers)
+            cache.lengths.add_(1)
+            return run_finish(model, x, draw, *chances)
+        return step
+
+    def captured(self, step: Callable) -> Callable:
+        """A step as a graph, whose results are on the host. It runs once before its capture, so that libraries get
+        what they keep; its slot is reused."""
+        lengths = self.cache.lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()
+            results = [torch.empty_like(drawn, device="cpu", pin_memory=True) for drawn in step()]
         torch.cuda.current_stream().wait_stream(side)
         self.cache.lengths.copy_(lengths)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            drawn = step()
+            for result, drawn in zip(results, step()):
+                result.copy_(drawn, non_blocking=True)
 
         def replay() -> tuple[Tensor, ...]:
             graph.replay()
-            return drawn
+            torch.cuda.current_stream().synchronize()
+            return results
         return replay

@@ -241,13 +241,14 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             row = Row(index, number, len(prompt), budget, rng, think, Loop() if stop_loops else None)
             row.begin(prompt)
             rows[slot:slot + 1] = [row]
-            advanced, drawn = [row], draw(prefilled[1], *chances([row], rt.device))
+            first = (torch.from_numpy(chance).to(rt.device) for chance in chances([row]))
+            advanced, drawn = [row], draw(prefilled[1], *first)
         elif slot < len(rows):                                  # nothing waits: close the gap
             drop_row(rows, slot, cache)
             continue
         else:
             advanced, longest = rows, max(row.length for row in rows)
-            drawn = decoder.step([row.token for row in rows], longest, draw, *chances(rows, rt.device))
+            drawn = decoder.step([row.token for row in rows], longest, draw, *chances(rows))
             for row in rows:
                 row.length += 1
             if kept:
@@ -309,11 +310,10 @@ class Draw:
         return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
 
 
-def chances(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+def chances(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     """What decides the rows' next tokens besides the logits: uniform numbers, and tokens that are forced."""
-    uniforms = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=device)
-    forced = [row.forced.popleft() if row.forced else -1 for row in rows]
-    return uniforms, torch.tensor(forced, device=device)
+    uniforms = np.array([row.rng.random() for row in rows])
+    return uniforms, np.array([row.forced.popleft() if row.forced else -1 for row in rows])
 
 
 def read(tokens: Tensor, logprobs: Tensor) -> Iterator[tuple[int, float]]:

@@ -12,7 +12,8 @@ FP8 operands, its result leaves the tensor core after N_C = 128 channels and is 
 (V3 Fig. 7).
 
 Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 the one place that decides what runs
-instead; 3 Triton kernels, and the launches that call them. Section 3 exists only where Triton is installed.
+instead; 3 Triton kernels, and the launches that call them; 4 a kernel for attention when tokens are decoded.
+Kernels exist only where Triton is installed.
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself.
 Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts.
@@ -53,7 +54,7 @@ def act_quant(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     x [..., k] in any float dtype -> (q [..., k] e4m3, scale [..., kb] fp32), with q * scale close to x.
     `ue8m0` rounds scales up to powers of two, which 8 exponent bits can hold (V3.1; R1 does not use it).
     """
-    if path(x.device) == "triton":
+    if path(x.device) == "triton" and not torch.compiler.is_compiling():     # which merges it with its neighbours
         return _launch_act_quant(x, ue8m0)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., kb, 128]
     scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # the clamp keeps an all-zero block from 0 / 0
@@ -116,7 +117,8 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
         return matvec_fp8(x, w, scale, ids)
     w, x32 = w if ids is None else w[ids], stored(x.float())
     rows = x32.view(-1, x.shape[-1]).unbind() if w.dim() == 2 else [x32[..., None, :]]
-    parts = w.chunk(max(1, 4 // len(rows)) if w.shape[-2] % 64 == 0 else 1, dim=-2)
+    quarters = w.shape[-2] % 64 == 0 and w.device.type == "cpu"
+    parts = w.chunk(max(1, 4 // len(rows)) if quarters else 1, dim=-2)
     parts = [part.float() for part in parts]
     y = torch.cat([sums(row * part) for row in rows for part in parts], dim=-1).to(x.dtype)
     return y.view(*x.shape[:-1], -1) if w.dim() == 2 else y
@@ -147,12 +149,15 @@ def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tenso
 
 
 def few(x: Tensor) -> bool:
-    """Whether `matvec` is to multiply x [..., k]: compiled.py is at work, and there are a few rows at most."""
-    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW
+    """Whether `matvec` is to multiply x [..., k]: a compiler is at work, and there are a few rows at most; on a
+    GPU one, as cuBLAS is slower for one row and faster for more."""
+    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= (FEW if x.device.type == "cpu" else 1)
 
 
 def sums(x: Tensor) -> Tensor:
-    """x.sum(-1) in runs of up to 4096 numbers, because the compiler sums longer ones in a slower way."""
+    """x.sum(-1), on a CPU in runs of up to 4096 numbers, because the compiler sums longer ones in a slower way."""
+    if x.device.type != "cpu":
+        return x.sum(-1)
     runs = math.gcd(x.shape[-1], 1 << ((x.shape[-1] - 1) // 4096).bit_length())
     return x.unflatten(-1, (runs, -1)).sum(-1).sum(-1)
 
@@ -236,7 +241,10 @@ def group(ids: Tensor, n_experts: int) -> Groups:
     Only shapes are known to the host, so the plan has as many tiles as the worst distribution needs, and
     nothing waits for the device.
     """
-    ids = ids.flatten()
+    m, ids = len(ids), ids.flatten()
+    if m == 1:                                                  # a token's experts differ: a tile for each
+        slot = torch.arange(len(ids), device=ids.device)
+        return Groups(ids, slot, ids, slot, slot + 1)
     rows = tile_for(len(ids) // n_experts).tokens
     count = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
     count.scatter_add_(0, ids, torch.ones_like(ids))            # not bincount, which waits for the device
@@ -285,17 +293,19 @@ FORCED = os.environ.get("FP8_PATH")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter runs kernels on the CPU
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
     """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
-    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | old: GPUs without."""
+    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: without."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "rocm" if name.startswith(("gfx94", "gfx95", "gfx12")) else "old"
     capability = torch.cuda.get_device_capability(device)
-    return "sm_90" if capability[0] in (9, 10) else "sm_89" if capability >= (8, 9) else "old"
+    if capability[0] in (9, 10):
+        return "sm_90"
+    return "sm_89" if capability >= (8, 9) else "sm_80" if capability >= (8, 0) else "old"
 
 
 def path(device: torch.device, multiply: bool = True) -> str:
@@ -303,7 +313,7 @@ def path(device: torch.device, multiply: bool = True) -> str:
     if FORCED not in (None, "torch", "triton", "scaled_mm"):
         raise ValueError(f"FP8_PATH is {FORCED!r}; known: torch, triton, scaled_mm")
     kind = device_kind(device)
-    unable = kind == "cpu" and not INTERPRETED or kind == "old" and multiply
+    unable = kind == "cpu" and not INTERPRETED or kind in ("sm_80", "old") and multiply
     return "torch" if triton is None or FORCED == "torch" or unable else "triton"
 
 
@@ -312,10 +322,12 @@ def scaled_mm_wins(m: int, w: Tensor, dtype: torch.dtype) -> bool:
 
     It needs CUDA 12.9 and whole blocks of channels. The 256 is from other projects' measurements.
     """
-    able = (hasattr(F, "scaled_mm") and device_kind(w.device) == "sm_90" and dtype == torch.bfloat16
+    wanted = FORCED == "scaled_mm" or FORCED is None and m > 256
+    if not wanted or m == 0:
+        return False
+    return (hasattr(F, "scaled_mm") and device_kind(w.device) == "sm_90" and dtype == torch.bfloat16
             and torch.cuda.get_device_capability(w.device)[0] == 9 and w.shape[1] % BLOCK == 0
             and w.shape[0] % 16 == 0 and [*map(int, torch.version.cuda.split(".")[:2])] >= [12, 9])
-    return able and m > 0 and (FORCED == "scaled_mm" or FORCED is None and m > 256)
 
 
 def default_mode(device: torch.device) -> str:
@@ -345,10 +357,14 @@ def tile_for(tokens: int) -> Tile:
     return next(tile for tile in TILES if tokens <= tile.up_to)
 
 
+@torch.compiler.assume_constant_result
+def n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def n_splits(tiles: int, kb: int, device: torch.device) -> int:
     """Into how many runs of channels to cut a product, so that its tiles keep all processors busy."""
-    on_gpu = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 8
+    processors = n_processors(device)
     fits = [s for s in range(1, 9) if kb % s == 0 and (s == 1 or kb // s >= 4)]
     return next((s for s in fits if tiles * s >= processors), fits[-1])
 
@@ -449,15 +465,6 @@ if triton:
         y += split.to(tl.int64) * m * n + rows.to(tl.int64)[:, None] * n + columns[None, :]
         tl.store(y, acc.to(y.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
-    @triton.jit
-    def add_splits_kernel(parts, y, size, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-        """Always in the same order, unlike atomic additions: a result can be repeated."""
-        i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        total = tl.zeros([SIZE], tl.float32)
-        for split in range(SPLITS):
-            total += tl.load(parts + split * size + i, mask=i < size, other=0.0)
-        tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
-
     @triton.jit(do_not_specialize=["m", "k_stride", "n_tiles", "slots_per_row"])
     def grouped_kernel(a, a_scale, w1, w2, w1_scale, w2_scale, y, order, expert, first, stop, m, n, m_stride,
                        k_stride, n_experts, n_tiles, slots_per_row, K: tl.constexpr, ROWS: tl.constexpr,
@@ -512,11 +519,7 @@ def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: 
         a.contiguous(), a_scale, w.contiguous(), w_scale.contiguous(), parts, m, n, *a_scale.stride(), k,
         n_blocks(k) // splits, tile.tokens, tile.features, tile.swap, num_warps=tile.warps,
         num_stages=tile.stages.get(device_kind(a.device)))
-    if splits == 1:
-        return parts[0]
-    y = torch.empty(m, n, dtype=dtype, device=a.device)
-    add_splits_kernel[(triton.cdiv(m * n, 1024),)](parts, y, m * n, splits, SIZE=1024)
-    return y
+    return sum(parts.unbind()).to(dtype)        # in this order, unlike atomic additions: a result can be repeated
 
 
 def _launch_scaled_mm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -540,3 +543,86 @@ def _launch_grouped(a: Tensor, a_scale: Tensor, weights: list[Tensor],
         *a_scale.stride(), n_experts, n_tiles, slots // max(len(a), 1), k, tile.tokens, tile.features,
         tile.swap, num_warps=tile.warps, num_stages=tile.stages.get(device_kind(a.device)))
     return list(y)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Attention of a decode step on GPUs (flash decoding): the one kernel here that has nothing to do with FP8
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of one query a row, over the keys up to its position: flash decoding.
+
+    q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed form
+    v is the front of k. Keys are cut into runs, for which all processors work at once; each gives its weighted sum of
+    values, and its weight. Only filled slots are read, as many as the device finds in `positions`, so a CUDA graph
+    for t slots takes no longer than one for fewer.
+    """
+    parts, weights = _launch_attend(q, k, v, positions, scale)                  # [b, h, runs, v], [b, h, runs]
+    return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
+
+
+def can_attend_one(q: Tensor, v: Tensor) -> bool:
+    """Whether attend_one is able to: it takes values, and what a key is longer, as a power of two each."""
+    sizes = {v.shape[-1], q.shape[-1] - v.shape[-1]} - {0}
+    return (q.shape[1] == 1 and path(q.device, multiply=False) == "triton" and device_kind(q.device) != "old"
+            and sizes <= {16, 32, 64, 128, 256, 512})
+
+
+if triton:
+    @triton.jit(do_not_specialize=["runs"])
+    def attend_kernel(q, k, v, positions, parts, weights, k_row, k_slot, k_head, v_row, v_slot, v_head, runs,
+                      SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+                      SPAN: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
+        """16 of the HEADS that share a key/value head, for a run of SPAN slots, KEYS at a time: online softmax.
+
+        A key has D + R numbers, a value D; SHARED: values are the fronts of the keys, which are read once.
+        """
+        BLOCKS: tl.constexpr = (HEADS + 15) // 16
+        program, run = tl.program_id(0), tl.program_id(1)
+        row, group = (program // (BLOCKS * GROUPS)).to(tl.int64), program // BLOCKS % GROUPS
+        heads, d = program % BLOCKS * 16 + tl.arange(0, 16), tl.arange(0, D)
+        live, at = heads < HEADS, (row * GROUPS + group) * HEADS + heads
+        start = run * SPAN
+        stop = tl.minimum(start + SPAN, tl.load(positions + row).to(tl.int32) + 1)
+        q += at[:, None] * (D + R)
+        k += row * k_row + group * k_head
+        v += row * v_row + group * v_head
+        query = tl.load(q + d[None, :], mask=live[:, None], other=0.0)
+        if R > 0:
+            r = D + tl.arange(0, R)
+            rest = tl.load(q + r[None, :], mask=live[:, None], other=0.0)
+        largest, total = tl.full([16], -float("inf"), tl.float32), tl.zeros([16], tl.float32)
+        acc = tl.zeros([16, D], tl.float32)
+        for first in range(start, stop, KEYS):
+            slots = first + tl.arange(0, KEYS)
+            there = (slots < stop)[:, None]
+            place = slots.to(tl.int64)[:, None]
+            key = tl.load(k + place * k_slot + d[None, :], mask=there, other=0.0)
+            scores = tl.dot(query, key.T, input_precision="ieee")
+            if R > 0:
+                key_rest = tl.load(k + place * k_slot + r[None, :], mask=there, other=0.0)
+                scores += tl.dot(rest, key_rest.T, input_precision="ieee")
+            scores = tl.where((slots < stop)[None, :], scores * SCALE, -float("inf"))
+            before, largest = largest, tl.maximum(largest, tl.max(scores, axis=1))
+            weight, fade = tl.exp(scores - largest[:, None]), tl.exp(before - largest)
+            value = key if SHARED else tl.load(v + place * v_slot + d[None, :], mask=there, other=0.0)
+            total = total * fade + tl.sum(weight, axis=1)
+            acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        to = at * runs + run
+        tl.store(parts + to[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=live[:, None])
+        tl.store(weights + to, largest + tl.log(total), mask=live)
+
+
+def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    (b, _, h, d), (_, t, g, size) = q.shape, v.shape
+    span = 256                                  # the same for a filled length, whatever t: sums stay equal to the bit
+    while span * 64 < t:
+        span *= 2
+    runs, keys = triton.cdiv(t, span), max(16, min(64, 2 ** 15 // (size * k.element_size())))
+    stages = 2 if device_kind(q.device) == "rocm" or k.dtype == torch.float32 else 3
+    parts = torch.empty(b, h, runs, size, dtype=torch.float32, device=q.device)
+    weights = torch.empty(b, h, runs, dtype=torch.float32, device=q.device)
+    attend_kernel[b * g * triton.cdiv(h // g, 16), runs](
+        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3], runs, scale, g,
+        h // g, size, d - size, span, keys, d > size, num_warps=4, num_stages=stages)
+    return parts, weights

@@ -411,12 +411,13 @@ class Linear(nn.Module):
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
             y = product(x, weight)
-            return y if self.bias is None else y + self.bias
-        if self.fp8 == "gemm":
-            return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
-        if kernel.few(x):
-            return kernel.matvec(x, weight, scale)
-        return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
+        elif self.fp8 == "gemm":
+            y = kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
+        elif kernel.few(x):
+            y = kernel.matvec(x, weight, scale)
+        else:
+            y = kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
+        return y if self.bias is None else y + self.bias
 
     def dequantise(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its high-precision form, for good."""
@@ -522,7 +523,11 @@ class GQA(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         keys = step.store(cache[0], apply_rope(k, step.cos, step.sin))          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        o = attend(apply_rope(q, step.cos, step.sin), keys, values, step.bias, self.head_dim ** -0.5)
+        q, scale = apply_rope(q, step.cos, step.sin), self.head_dim ** -0.5
+        if kernel.can_attend_one(q, values):
+            o = kernel.attend_one(q, keys, values, step.positions, scale)
+        else:
+            o = attend(q, keys, values, step.bias, scale)
         return self.wo(o.flatten(2))                                            # [b, s, h/P, d] -> [b, s, m]
 
 
@@ -584,10 +589,10 @@ class MLA(nn.Module):
         k_pe = apply_rope(k_pe[:, :, None], step.cos, step.sin)[:, :, 0]        # V3 Eq. 3 [b, s, r]
         latents = step.store(cache[0], torch.cat([c_kv, k_pe], dim=-1))         # [b, t, c+r]
         order = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
-        o = order(q_nope, q_pe, latents, step.bias)                            # [b, s, h/P, v]
+        o = order(q_nope, q_pe, latents, step)                                  # [b, s, h/P, v]
         return self.wo(o.flatten(2))                                            # V3 Eq. 11 [b, s, m]
 
-    def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V3 Eq. 10 as written: per-head keys and values from the latents, then ordinary attention."""
         c_kv, k_pe = latents.split([self.c, self.r], dim=-1)
         kv = self.wkv_b(c_kv).unflatten(-1, (self.heads, -1))                   # V3 Eq. 2, 5
@@ -595,21 +600,25 @@ class MLA(nn.Module):
         k_pe = k_pe[:, :, None].expand(-1, -1, self.heads, -1)                  # one rotary key for all heads
         k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, t, h/P, d+r]
         q = torch.cat([q_nope, q_pe], dim=-1)                                   # V3 Eq. 9 [b, s, h/P, d+r]
-        return attend(q, k, v, bias, self.scale)                                # [b, s, h/P, v]
+        return attend(q, k, v, step.bias, self.scale)                           # [b, s, h/P, v]
 
-    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
         w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
         q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
-        q = torch.cat([q_c, q_pe], dim=-1).flatten(1, 2)                        # [b, s * h/P, c+r]
-        if kernel.fp32_is_faster(q):            # all heads as queries of one, so that latents are read once
+        q, bias = torch.cat([q_c, q_pe], dim=-1), step.bias                     # [b, s, h/P, c+r]
+        keys = latents[:, :, None]                                              # [b, t, 1, c+r]: of all heads
+        if kernel.can_attend_one(q, keys[..., :self.c]):
+            o_c = kernel.attend_one(q, keys, keys[..., :self.c], step.positions, self.scale)    # [b, s, h/P, c]
+        elif kernel.fp32_is_faster(q):          # all heads as queries of one, so that latents are read once
             bias, keys = bias.repeat_interleave(self.heads, dim=2), latents[:, None]        # [b, 1, t, c+r]
-            o_c = F.scaled_dot_product_attention(q[:, None], keys, keys, bias, scale=self.scale)
-            return per_head(o_c[:, 0, :, :self.c].unflatten(1, q_c.shape[1:3]), w_v.mT)
-        scores = (latents @ q.mT).mT.unflatten(1, q_c.shape[1:3])               # [b, s, h/P, t]
-        scores = torch.add(bias.transpose(1, 2), scores.float(), alpha=self.scale)
-        weights = scores.softmax(dim=-1).to(q.dtype)                            # V3 Eq. 10
-        o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)      # [b, s, h/P, c]
+            o_c = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, keys, bias, scale=self.scale)
+            o_c = o_c[:, 0, :, :self.c].unflatten(1, q_c.shape[1:3])            # [b, s, h/P, c]
+        else:
+            scores = (latents @ q.flatten(1, 2).mT).mT.unflatten(1, q_c.shape[1:3])         # [b, s, h/P, t]
+            scores = torch.add(bias.transpose(1, 2), scores.float(), alpha=self.scale)
+            weights = scores.softmax(dim=-1).to(q.dtype)                        # V3 Eq. 10
+            o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)  # [b, s, h/P, c]
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -686,7 +695,6 @@ class MoE(nn.Module):
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
         self.grouped = cfg.fp8 and rt.fp8 == "gemm" and kernel.path(rt.device) == "triton"
-        self.static = rt.compile
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
@@ -695,7 +703,7 @@ class MoE(nn.Module):
         y = self.shared(tokens).float()                                         # [n, m]
         if self.grouped:
             return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
-        if self.static and x.shape[1] == 1:                 # decode: the host does not ask who was chosen
+        if torch.compiler.is_compiling():                   # decode: the host does not ask who was chosen
             out = self.experts(tokens[:, None], experts)                        # [n, k, m]
             return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
@@ -765,8 +773,10 @@ class Transformer(nn.Module):
         for block, layer_cache in zip(self.layers, cache.layers):
             x = block(x, step, layer_cache)
         cache.lengths += tokens.shape[1]
-        x = self.norm(x if last is None else x[:, -last:])
-        return all_gather(product(x, self.head.weight), self.rt.tp).float()    # [b, s or last, vocab]
+        return self.logits(x if last is None else x[:, -last:])                 # [b, s or last, vocab]
+
+    def logits(self, x: Tensor) -> Tensor:                                      # [b, s, m] -> [b, s, vocab]
+        return all_gather(product(self.norm(x), self.head.weight), self.rt.tp).float()
 
     def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
         device = lengths.device

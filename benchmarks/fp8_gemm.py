@@ -47,8 +47,8 @@ CALLS = 20                                                              # in one
 
 if kernel.triton:
     @triton.autotune([triton.Config({"BM": m, "BN": n}, num_warps=8, num_stages=s)
-                      for m, n, s in itertools.product((16, 32, 64), (64, 128), (3, 5))], key=["m", "n", "K"])
-    @triton.jit
+                      for m, n, s in itertools.product((16, 32, 64), (64, 128), (4,))], key=["m", "n", "K"])
+    @triton.jit(do_not_specialize=["m", "n"])
     def naive_kernel(a, a_scale, w, w_scale, y, m, n, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         """How DeepSeek's own inference code goes about it: rows wrap around at the edges, both scales are
         vectors and multiply one after the other, tiles in plain order, the best tile found by trying all."""
@@ -270,12 +270,13 @@ def goals(rows: list[dict], copy: float) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the table (on a GPU: benchmarks/results)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of single products, on a GPU")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     copy, peak = limits(device)
-    rows = measure_products(R1 if gpu else SMALL, TOKENS if gpu else (1, 16), device)
+    rows = measure_products(R1 if gpu else SMALL, args.tokens if gpu else (1, 16), device)
     experts = ({"experts": (7168, 2048, 256, 8), "experts / 8": (7168, 256, 256, 8)} if gpu
                else {"experts": (256, 128, 8, 2)})
     rows += measure_experts(experts, EXPERT_TOKENS if gpu else (1, 16), device)

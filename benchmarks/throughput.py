@@ -3,13 +3,15 @@
     python benchmarks/throughput.py --config configs/qwen_0.5b.json         random weights of these shapes
     python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
 
-Every figure is a median over rounds, in each of which all take their turn at each task. All are greedy: ours
-through generate(), transformers and llama.cpp as bare forward passes. Reading bandwidth and GEMM peak are
-measured in the same rounds: what a step must read, over the first, and what a prompt must multiply, over the
-second, are the limits. Load time and peak memory are those of fresh processes that load (from the file cache)
-and take a step.
+Every figure is a median over rounds, in each of which all take their turn at each task; a round of decoding is
+itself a median of steps. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
+passes. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same rounds:
+what a step must read, over the first, and what a prompt must multiply, over the second, are the limits. Load time
+and peak memory are those of fresh processes that load (from the file cache) and take a step; on a GPU random weights
+are made where they stay, and nothing is loaded.
 """
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ import kernel  # noqa: E402
 import memory  # noqa: E402
 from convert import Checkpoint, Parser, load_model  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
-from model import Config, Linear, Runtime  # noqa: E402
+from model import Config, Linear, Runtime, Transformer  # noqa: E402
 
 PROMPTS = (512, 2000)                       # tokens of prefill
 DECODE = ((128, 1), (2000, 1), (128, 8), (2000, 8), (8000, 1))      # tokens of context, rows
@@ -42,26 +44,54 @@ LONG = 8000                                 # context for "ours compiled" alone:
 
 
 class Ours:
-    def __init__(self, folder: Path, device: str, compile: bool = False, fp8: bool = False):
-        checkpoint = Checkpoint(folder)
-        self.rt = Runtime(torch.device(device), torch.bfloat16, compile=compile)
-        self.model = load_model(checkpoint, self.rt)
+    def __init__(self, source: Path | Config, device: str, compile: bool = False, fp8: bool = False):
+        device = torch.device(device)
+        self.rt = Runtime(device, torch.bfloat16, compile=compile, fp8=kernel.default_mode(device))
+        if isinstance(source, Config):
+            make = random_model.__wrapped__ if fp8 else random_model        # which shares its weights
+            self.model = make(source, replace(self.rt, compile=False))
+        else:
+            self.model = load_model(Checkpoint(source), self.rt)
         if fp8:
             quantise(self.model)
 
     def run(self, n: int, rows: int, new: int) -> float:
-        """Seconds from the first draw of all rows to the last token; with new = 0, of reading n tokens."""
+        """Seconds of `new` steps of all rows; with new = 0, of reading n tokens."""
         self.model.rt = replace(self.rt, rows=rows, max_seq_len=n + new + 2)
         events = generate(self.model, [prompt(n)], (), new + 1, Sampling(temperature=0),
                           wanted=[(0, sample) for sample in range(rows)])
         start = time.perf_counter()
         for _ in range(rows):
             next(events)
-        if new:
-            start = time.perf_counter()
-            for _ in events:
-                pass
-        return time.perf_counter() - start
+        return pace(lambda: [next(events) for _ in range(rows)], new) if new else time.perf_counter() - start
+
+
+def pace(step, times: int) -> float:
+    """Seconds of so many steps, from their median: a CUDA graph's capture is no part of a token."""
+    return times * median_seconds(step, times)
+
+
+@functools.cache
+def random_model(cfg: Config, rt: Runtime) -> Transformer:
+    """Our model with random weights, made on rt.device: FP8 ones of any finite codes."""
+    model, state = Transformer(cfg, rt), {}
+    for name, t in model.state_dict().items():
+        if t.dtype == kernel.FP8:
+            codes = torch.randint(0, 256, t.shape, dtype=torch.uint8, device=rt.device)
+            for part in codes.view(-1, t.shape[-1]).split(2 ** 16):
+                part.masked_fill_(part & 127 == 127, 0x38)
+            state[name] = codes.view(kernel.FP8)
+        elif name.endswith("scale"):
+            state[name] = torch.rand(t.shape, device=rt.device) * 1e-4
+        else:
+            state[name] = torch.full(t.shape, float("norm" in name), dtype=t.dtype, device=rt.device)
+            if t.dim() > 1:
+                state[name].normal_(std=0.02)
+    model.load_state_dict(state, assign=True)
+    for name, linear in model.named_modules():
+        if name.endswith("wkv_b"):
+            linear.dequantise(rt.dtype)
+    return model
 
 
 def quantise(model) -> None:
@@ -75,10 +105,13 @@ def quantise(model) -> None:
 
 
 class Transformers:
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, source: Path | Config, device: str, dtype: torch.dtype = torch.bfloat16):
         from transformers import AutoModelForCausalLM
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        self.model = self.model.to(device).eval()
+        settings = dict(dtype=dtype, attn_implementation="sdpa")
+        with torch.device(device if isinstance(source, Config) else "cpu"):
+            model = (AutoModelForCausalLM.from_config(hf_config(source), **settings) if isinstance(source, Config)
+                     else AutoModelForCausalLM.from_pretrained(source, **settings))
+        self.model = model.to(device).eval()
 
     @torch.inference_mode()
     def run(self, n: int, rows: int, new: int) -> float:
@@ -90,11 +123,13 @@ class Transformers:
         if new:
             out.past_key_values.batch_repeat_interleave(rows)
             token = token.repeat(rows, 1)
-            start = time.perf_counter()
-            for _ in range(new):
-                out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
+
+            def step():
+                nonlocal token
+                logits = self.model(token, past_key_values=out.past_key_values, use_cache=True).logits
+                token = logits[:, -1:].argmax(-1)
                 token.tolist()                              # as ours: every token is shown at once
+            return pace(step, new)
         return time.perf_counter() - start
 
 
@@ -113,11 +148,7 @@ class LlamaCpp:
         self.model.reset()
         start = time.perf_counter()
         self.model.eval(prompt(n))
-        if new:
-            start = time.perf_counter()
-            for _ in range(new):
-                self.model.eval([7])
-        return time.perf_counter() - start
+        return pace(lambda: self.model.eval([7]), new) if new else time.perf_counter() - start
 
 
 def write_gguf(cfg: Config, path: Path) -> None:
@@ -161,11 +192,11 @@ def write_gguf(cfg: Config, path: Path) -> None:
     file.close()
 
 
-ENGINES = {"ours": lambda folder, device: Ours(folder, device),
-           "ours compiled": lambda folder, device: Ours(folder, device, compile=True),
-           "ours compiled fp8": lambda folder, device: Ours(folder, device, compile=True, fp8=True),
-           "transformers": lambda folder, device: Transformers(folder, device),
-           "transformers fp32": lambda folder, device: Transformers(folder, device, torch.float32),
+ENGINES = {"ours": lambda source, device: Ours(source, device),
+           "ours compiled": lambda source, device: Ours(source, device, compile=True),
+           "ours compiled fp8": lambda source, device: Ours(source, device, compile=True, fp8=True),
+           "transformers": lambda source, device: Transformers(source, device),
+           "transformers fp32": lambda source, device: Transformers(source, device, torch.float32),
            "llama.cpp": LlamaCpp}
 
 
@@ -179,25 +210,28 @@ def prompt(n: int) -> list[int]:
 
 def write_random(cfg: Config, folder: Path) -> None:
     """A HuggingFace folder in bf16 with the shapes of one of our configs."""
-    from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(hf_config(cfg), dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def hf_config(cfg: Config):
+    from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config
     common = dict(vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.inter_dim,
                   num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, rms_norm_eps=cfg.norm_eps,
                   max_position_embeddings=cfg.context_len, tie_word_embeddings=cfg.tie_embeddings,
                   rope_theta=cfg.rope.theta)                    # scaled or not, RoPE costs the same
     if cfg.gqa:
         family = Qwen2Config if cfg.gqa.qkv_bias else LlamaConfig
-        config = family(**common, num_key_value_heads=cfg.gqa.n_kv_heads, head_dim=cfg.gqa.head_dim)
-    else:
-        a, moe = cfg.mla, cfg.moe
-        config = DeepseekV3Config(
-            **common, num_key_value_heads=cfg.n_heads, q_lora_rank=a.q_lora_rank, kv_lora_rank=a.kv_lora_rank,
-            qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim, v_head_dim=a.v_head_dim,
-            moe_intermediate_size=moe.moe_inter_dim, n_routed_experts=moe.n_routed_experts,
-            num_experts_per_tok=moe.n_activated_experts, n_shared_experts=moe.n_shared_experts,
-            n_group=moe.n_expert_groups, topk_group=moe.n_limited_groups, norm_topk_prob=moe.norm_topk_prob,
-            first_k_dense_replace=moe.n_dense_layers, routed_scaling_factor=moe.route_scale)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        return family(**common, num_key_value_heads=cfg.gqa.n_kv_heads, head_dim=cfg.gqa.head_dim)
+    a, moe = cfg.mla, cfg.moe
+    return DeepseekV3Config(
+        **common, num_key_value_heads=cfg.n_heads, q_lora_rank=a.q_lora_rank, kv_lora_rank=a.kv_lora_rank,
+        qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim, v_head_dim=a.v_head_dim,
+        moe_intermediate_size=moe.moe_inter_dim, n_routed_experts=moe.n_routed_experts,
+        num_experts_per_tok=moe.n_activated_experts, n_shared_experts=moe.n_shared_experts,
+        n_group=moe.n_expert_groups, topk_group=moe.n_limited_groups, norm_topk_prob=moe.norm_topk_prob,
+        first_k_dense_replace=moe.n_dense_layers, routed_scaling_factor=moe.route_scale)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,16 +250,18 @@ def median_seconds(work, times: int) -> float:
 
 
 def limits(device: str) -> dict[str, float]:
-    """Bytes/s of reading 1 GB, and flop/s of a product of 2048 x 2048 matrices: in bf16, or in fp32 on a CPU
-    that takes longer for bf16."""
-    big = torch.ones(2 ** 28, device=device)
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    if kernel.MULTIPLIES_BF16 or device == "cuda":
+    """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in bf16, or in fp32 on a CPU that takes longer
+    for bf16. A GPU copies the 1 GB, in which its launches and its clock vanish, and has larger matrices."""
+    gpu, big = device == "cuda", torch.ones(2 ** 28, device=device)
+    size = 8192 if gpu else 2048
+    a, b = torch.randn(2, size, size, device=device)
+    if kernel.MULTIPLIES_BF16 or gpu:
         a, b = a.bfloat16(), b.bfloat16()
     with torch.inference_mode():
         F.linear(a, b)
-        return {"bandwidth": big.nbytes / median_seconds(big.sum, 3),
-                "gemm": 2 * 2048 ** 3 / median_seconds(lambda: F.linear(a, b), 7)}
+        moved, move = (2 * big.nbytes, big.clone) if gpu else (big.nbytes, big.sum)
+        return {"bandwidth": moved / median_seconds(move, 7 if gpu else 3),
+                "gemm": 2 * size ** 3 / median_seconds(lambda: F.linear(a, b), 7)}
 
 
 def multiplications(cfg: Config, n: int) -> int:
@@ -282,10 +318,13 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(folder: Path, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
+def measure(source: Path | Config, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
     """All that the report is made from; times in seconds, medians over the rounds."""
-    loads = {name: [load_once(name, folder, device) for _ in range(min(rounds, 3))] for name in names}
-    engines = {name: ENGINES[name](folder, device) for name in names}
+    on_device = isinstance(source, Config)
+    cfg, loads = source if on_device else Checkpoint(source).cfg, {}
+    if not on_device:
+        loads = {name: [load_once(name, source, device) for _ in range(min(rounds, 3))] for name in names}
+    engines = {name: ENGINES[name](source, device) for name in names}
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
     tasks = [task for task in tasks if task[0] <= longest]
     taken, bounds = defaultdict(list), defaultdict(list)
@@ -301,7 +340,6 @@ def measure(folder: Path, names: list[str], rounds: int, new: int, longest: int,
                 if number:
                     taken[task, name].append(seconds)
         print(f"round {number} of {rounds}", file=sys.stderr)
-    cfg = Checkpoint(folder).cfg
     rows = [dict(task="prefill" if not new else "decode", tokens=n, rows=batch, who=name,
                  rate=(batch * steps or n) / statistics.median(times), runs=times,
                  of_limit=share(cfg, n, batch, steps, name, statistics.median(times), bounds))
@@ -325,7 +363,7 @@ def share(cfg: Config, n: int, rows: int, new: int, name: str, seconds: float, b
         return multiplications(cfg, n) / statistics.median(bounds["gemm"]) / seconds
     dtype = torch.float32 if "fp32" in name else torch.bfloat16
     rt = Runtime(dtype=dtype, rows=rows, max_seq_len=n + new // 2)
-    step = memory.plan(replace(cfg, fp8="fp8" in name), rt).step
+    step = memory.plan(replace(cfg, fp8=cfg.fp8 or "fp8" in name), rt).step
     return new * step / statistics.median(bounds["bandwidth"]) / seconds
 
 
@@ -341,6 +379,8 @@ def table(facts: dict) -> list[str]:
         other = peer.get((r["task"], r["tokens"], r["rows"]))
         lines.append(f"| {r['task']} | {r['tokens']} | {r['rows']} | {r['who']} | {r['rate']:.1f} "
                      f"| {f'''{r['rate'] / other:.2f}''' if other else ''} | {r['of_limit']:.2f} |")
+    if not facts["loads"]:
+        return lines
     lines += ["", "| who | load, s | weights, GB | peak memory, GB | of bf16 weights |",
               "|---|--:|--:|--:|--:|"]
     for name, load in facts["loads"].items():
@@ -355,7 +395,7 @@ def plot(facts: dict, title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     tasks = list(dict.fromkeys((r["task"], r["tokens"], r["rows"]) for r in facts["rows"]))
-    names = list(facts["loads"])
+    names = list(dict.fromkeys(r["who"] for r in facts["rows"]))
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for i, name in enumerate(names):
         rates = {(r["task"], r["tokens"], r["rows"]): r["of_limit"] for r in facts["rows"] if r["who"] == name}
@@ -396,14 +436,16 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"throughput.py: error: {error}", file=sys.stderr)
             return 2
-        if args.config:
+        source = cfg if args.config and args.device == "cuda" else folder
+        if args.config and source is folder:
             write_random(cfg, folder)
-        else:
+        elif not args.config:
             for file in args.ckpt_path.iterdir():       # llama.cpp's file is put beside the links
                 (folder / file.name).symlink_to(file.resolve())
         llama = find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and args.device == "cpu"
-        names = args.who or [name for name in ENGINES if name != "llama.cpp" or llama]
-        facts = measure(folder, names, args.rounds, args.new_tokens, args.longest, args.device)
+        names = args.who or [name for name in ENGINES if (name != "llama.cpp" or llama) and not (
+            cfg.fp8 and (name.startswith("transformers") or "fp8" in name))]
+        facts = measure(source, names, args.rounds, args.new_tokens, args.longest, args.device)
     where = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
     facts = {"model": name, "device": where, "torch": torch.__version__, "rounds": args.rounds, **facts}

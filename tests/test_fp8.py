@@ -205,8 +205,9 @@ def test_a_scale_that_does_not_fit_is_an_error(bad):
 
 # What runs where
 
-GPUS = {"cpu": ("torch", "torch", False), "old": ("torch", "triton", False),       # products, dequantisation,
-        "sm_89": ("triton", "triton", False), "sm_90": ("triton", "triton", True),  # scaled_mm of many
+GPUS = {"cpu": ("torch", "torch", False), "old": ("torch", "triton", False), "sm_80": ("torch", "triton", False),
+        # products, dequantisation, scaled_mm of many
+        "sm_89": ("triton", "triton", False), "sm_90": ("triton", "triton", True),
         "rocm": ("triton", "triton", False)}
 
 
@@ -224,6 +225,9 @@ def test_the_device_decides_and_fp8_path_overrules_it(kind, monkeypatch):
     paths = lambda: (kernel.path(device), kernel.path(device, multiply=False))          # noqa: E731
     assert paths() == (product, dequantisation)
     assert kernel.default_mode(device) == ("gemm" if product == "triton" else "dequant")
+    query = torch.empty(2, 1, 6, 128)
+    assert kernel.can_attend_one(query, query) == (kind not in ("cpu", "old"))
+    assert not kernel.can_attend_one(query, query[..., :32])                        # 96 is no power of two
     wins = lambda m, w=w, dtype=torch.bfloat16: kernel.scaled_mm_wins(m, w, dtype)      # noqa: E731
     assert [wins(1), wins(256), wins(257)] == [False, False, has_scaled_mm]
     assert not wins(257, w[:, :200]) and not wins(257, w[:200 - 1]) and not wins(257, w, torch.float32)

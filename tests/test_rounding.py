@@ -13,7 +13,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
 import kernel
-from model import MLA, Config, Gate, RMSNorm, Runtime, apply_rope
+from model import MLA, Config, Gate, RMSNorm, Runtime, Step, apply_rope
 
 ROOT = Path(__file__).parent.parent
 TINY = Config.from_json(ROOT / "configs/tiny_moe.json")
@@ -66,7 +66,7 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
     q_nope, q_pe = 8 * noise(2, 3, 4, 64).bfloat16(), 8 * noise(2, 3, 4, 64, seed=1).bfloat16()
     latents, w = noise(2, 9, 128, seed=2).bfloat16(), (noise(512, 64, seed=3) / 8).bfloat16()
     attention.wkv_b.load_state_dict({"weight": w}, assign=True)
-    bias = torch.zeros(2, 1, 3, 9).bfloat16()
+    step = Step(None, torch.zeros(2, 1, 3, 9).bfloat16(), None, None)
     w_k, w_v = w.view(4, 128, 64).split(64, dim=1)
     q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
 
@@ -77,12 +77,12 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
     scores = torch.einsum("bshc,btc->bhst", q, latents)
     weights = (scores.float() * attention.scale).softmax(-1).bfloat16()
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
-    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, bias), after(weights))
+    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, step), after(weights))
     assert not torch.equal(weights, (scores * attention.scale).softmax(-1))     # what bf16 would have given
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
     exact = torch.einsum("bshc,btc->bhst", q.double(), latents.double())
     exact = after((exact * attention.scale).softmax(-1))
-    for result, close in ((attention._absorbed(q_nope, q_pe, latents, bias), True), (after(weights), False)):
+    for result, close in ((attention._absorbed(q_nope, q_pe, latents, step), True), (after(weights), False)):
         assert ((result - exact).norm() <= 2 ** -8 * exact.norm()) == close
 
 

@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 POINTERS = {**dict.fromkeys(("a", "w", "w1", "w2"), "*fp8e4nv"), "y": "*bf16",
             **dict.fromkeys(("a_scale", "w_scale", "w1_scale", "w2_scale", "scale"), "*fp32"),
             **dict.fromkeys(("order", "expert", "first", "stop"), "*i64")}
+MULTIPLES = ("n", "k", "k_row", "k_slot", "k_head", "v_row", "v_slot", "v_head")            # of 16
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32),
            "rocm": ("hip", "gfx942", 64)}
 TENSOR_CORES = {"sm_89": "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3",
@@ -34,12 +35,12 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "roc
 
 
 def compiled(fn, kind: str, constants: dict, pointers: dict = POINTERS, **options):
-    """The kernel `fn`, compiled as if for a GPU of this kind, all pointers and `n`, `k` multiples of 16."""
+    """The kernel `fn`, compiled as if for a GPU of this kind, all pointers and MULTIPLES multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in fn.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, (name, kind_) in enumerate(types.items())
-                  if kind_[0] == "*" or name in ("n", "k") and name not in constants}
+                  if kind_[0] == "*" or name in MULTIPLES and name not in constants}
     return triton.compile(ASTSource(fn, types, constants, attributes), target=GPUTarget(*TARGETS[kind]),
                           options=options)
 
@@ -121,7 +122,17 @@ def test_split_sums_are_added_without_atomic_operations(tmp_path):
     tile = kernel.TILES[0]
     constants = dict(K=7168, STEPS=14, ROWS=tile.tokens, COLUMNS=tile.features, SWAP=tile.swap)
     parts = compiled(kernel.gemm_kernel, "sm_90", constants, POINTERS | {"y": "*fp32"}, num_stages=6)
-    pointers = {"parts": "*fp32", "y": "*bf16"}
-    total = compiled(kernel.add_splits_kernel, "sm_90", dict(SPLITS=4, SIZE=1024), pointers)
-    for binary in (parts, total):
-        assert "st.global" in binary.asm["ptx"] and not re.search(r"\b(atom|red)\.", binary.asm["ptx"])
+    assert "st.global" in parts.asm["ptx"] and not re.search(r"\b(atom|red)\.", parts.asm["ptx"])
+
+
+@pytest.mark.parametrize("model, constants", [
+    ("R1", dict(GROUPS=1, HEADS=128, D=512, R=64, KEYS=32, SHARED=True)),
+    ("Qwen-7B", dict(GROUPS=4, HEADS=7, D=128, R=0, KEYS=64, SHARED=False))])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_attention_of_a_step_fits_on_tensor_cores(model, constants, kind, tmp_path):
+    pointers = {**dict.fromkeys(("q", "k", "v"), "*bf16"), "positions": "*i64", "parts": "*fp32", "weights": "*fp32"}
+    binary = compiled(kernel.attend_kernel, kind, dict(SCALE=0.1, SPAN=256, **constants), pointers,
+                      num_stages=2 if kind == "rocm" else 3)
+    assert binary.metadata.shared <= SHARED_MEMORY[kind] and spilled_bytes(binary, tmp_path) == 0
+    assert ("v_mfma_f32" in binary.asm["amdgcn"] if kind == "rocm" else
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16" in binary.asm["ptx"])
