@@ -47,7 +47,8 @@ CALLS = 20                                                              # in one
 
 if kernel.triton:
     @triton.autotune([triton.Config({"BM": m, "BN": n}, num_warps=8, num_stages=s)
-                      for m, n, s in itertools.product((16, 32, 64), (64, 128), (4,))], key=["m", "n", "K"])
+                      for m, n, s in itertools.product((16, 32, 64), (64, 128), (4,))], key=["m", "n", "K"],
+                     do_bench=partial(triton.testing.do_bench, warmup=5, rep=20))
     @triton.jit(do_not_specialize=["m", "n"])
     def naive_kernel(a, a_scale, w, w_scale, y, m, n, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         """How DeepSeek's own inference code goes about it: rows wrap around at the edges, both scales are
