@@ -3,11 +3,12 @@
     eager       the readable reference: the model's forward pass, then the draw
     compiled    on a CPU, with Runtime.compile: the forward pass of a few rows as C++ (compiled.py), which
                 uses weights as fast as memory delivers them
-    captured    on a GPU, with Runtime.compile: all of the step as a CUDA graph, one launch, not thousands
+    captured    on a GPU, with Runtime.compile: all of the step as a CUDA graph, one launch, not thousands, of
+                kernels that TorchInductor has merged (`fused`)
 
 A graph needs shapes and places that do not change: what goes in is written into buffers that stay where they
-are, positions count on the device (Cache.lengths), and a step reads a power of two of slots, whose empty end
-the mask hides. The host reads back nothing but what was drawn.
+are, positions count on the device (Cache.lengths), and a step is made for a power of two of slots. The host
+waits for nothing but the end, and reads nothing but what was drawn.
 """
 import functools
 import shutil
@@ -45,8 +46,8 @@ def precompile(model: Transformer) -> None:
 
 @functools.cache
 def fuse(function: Callable, tune: bool) -> Callable:
-    """The function, for a GPU: TorchInductor makes few kernels of its many, which round where the eager ones do, so
-    that tokens stay the same. `tune` has it try out tiles for them: 2 % faster for twice the time to compile."""
+    """The function, for a GPU: TorchInductor makes few kernels of its many, which round where the eager ones
+    do, so that tokens stay the same. `tune` has it try out tiles: 2 % faster, twice the time to compile."""
     options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True,
                "coordinate_descent_tuning": tune}
     known = torch._inductor.list_options()              # 2.9 lacks one
@@ -63,24 +64,26 @@ class Decoder:
 
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache, self.rt = model, cache, model.rt
-        self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host, pinned for a GPU
+        self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}
         self.forwards: dict[int, Callable] = {}         # compiled, for so many rows
 
     @torch.inference_mode()
-    def step(self, tokens: list[int], longest: int, draw: Callable, *chances: np.ndarray) -> tuple[Tensor, ...]:
+    def step(self, tokens: list[int], longest: int, draw: Callable,
+             *chances: np.ndarray) -> tuple[Tensor, ...]:
         """Run a token for each of the first rows, the longest of which holds `longest`, and draw the next."""
         n, slots, cuda = len(tokens), longest + 1, self.rt.device.type == "cuda"
         given = np.array(tokens), *chances
         if not self.given:
-            empty = (torch.from_numpy(np.zeros(self.rt.rows, values.dtype)) for values in given)
-            self.given = [values.pin_memory() if cuda else values for values in empty]
+            self.given = [torch.from_numpy(np.zeros(self.rt.rows, values.dtype)) for values in given]
+            if cuda:                                    # where the device can fetch it
+                self.given = [buffer.pin_memory() for buffer in self.given]
         for buffer, values in zip(self.given, given):
             buffer.numpy()[:n] = values
         if not self.rt.compile:
             return self.eager(n, slots, draw)()
-        rows = 1 if n == 1 else self.rt.rows            # two sizes are compiled, no more; rows without a completion
-        if n < rows:                                    # run a token in their first slot
+        rows = 1 if n == 1 else self.rt.rows            # two sizes are compiled, no more
+        if n < rows:                                    # no completion: a token in the first slot
             self.cache.lengths[n:rows] = 0
         run = self.replayed if cuda else self.compiled
         return tuple(drawn[:n] for drawn in run(rows, slots, draw))
@@ -113,14 +116,16 @@ class Decoder:
         slots = min(max(256, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
         if (rows, slots, draw) not in self.graphs:
             quiet = self.rt.tp.rank > 0 or any(rows == others for others, *_ in self.graphs)
-            with tqdm(desc=f"compile for {rows} row{'s' * (rows > 1)}", bar_format="{desc}", leave=False, disable=quiet):
+            name = f"compile for {rows} row{'s' * (rows > 1)}"
+            with tqdm(desc=name, bar_format="{desc}", leave=False, disable=quiet):
                 self.graphs[rows, slots, draw] = self.captured(self.fused(rows, slots, draw))
         return self.graphs[rows, slots, draw]()
 
     def fused(self, rows: int, slots: int, draw: Callable) -> Callable:
-        """`eager`, with compiled layers. One kernel serves all numbers of slots."""
-        model, cache = self.model, self.cache.view(slice(0, rows), slots)
-        tune = rows == 1 and not model.cfg.fp8          # else kernel.py and cuBLAS read the weights, not the fused loops
+        """`eager`, with compiled layers, which serve all numbers of slots. They get buffers as a whole: the
+        compiler would copy parts, and attend_kernel read the copies at the strides of the originals."""
+        model, cache = self.model, self.cache.view(slice(0, rows), self.rt.max_seq_len)
+        tune = rows == 1 and not model.cfg.fp8          # else cuBLAS and kernel.py read the weights
         run_layer, run_finish = fuse(Block.forward, tune), fuse(finish, tune)
 
         def step() -> tuple[Tensor, ...]:
@@ -128,16 +133,14 @@ class Decoder:
             x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
             torch._dynamo.maybe_mark_dynamic(now.bias, 3)
             for block, buffers in zip(model.layers, cache.layers):
-                for buffer in buffers:
-                    torch._dynamo.maybe_mark_dynamic(buffer, 1)
                 x = run_layer(block, x, now, buffers)
             cache.lengths.add_(1)
             return run_finish(model, x, draw, *chances)
         return step
 
     def captured(self, step: Callable) -> Callable:
-        """A step as a graph, whose results are on the host. It runs once before its capture, so that libraries get
-        what they keep; its slot is reused."""
+        """A step as a graph, whose results are on the host. It runs once before its capture, so that libraries
+        get what they keep; its slot is reused."""
         lengths = self.cache.lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

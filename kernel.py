@@ -54,7 +54,7 @@ def act_quant(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     x [..., k] in any float dtype -> (q [..., k] e4m3, scale [..., kb] fp32), with q * scale close to x.
     `ue8m0` rounds scales up to powers of two, which 8 exponent bits can hold (V3.1; R1 does not use it).
     """
-    if path(x.device) == "triton" and not torch.compiler.is_compiling():     # which merges it with its neighbours
+    if path(x.device) == "triton" and not torch.compiler.is_compiling():    # which merges it with what is near
         return _launch_act_quant(x, ue8m0)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., kb, 128]
     scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # the clamp keeps an all-zero block from 0 / 0
@@ -149,13 +149,13 @@ def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tenso
 
 
 def few(x: Tensor) -> bool:
-    """Whether `matvec` is to multiply x [..., k]: a compiler is at work, and there are a few rows at most; on a
-    GPU one, as cuBLAS is slower for one row and faster for more."""
+    """Whether `matvec` is to multiply x [..., k]: a compiler is at work, and there are a few rows at most; on
+    a GPU one, as cuBLAS is slower for one row and faster for more."""
     return torch.compiler.is_compiling() and x.shape[:-1].numel() <= (FEW if x.device.type == "cpu" else 1)
 
 
 def sums(x: Tensor) -> Tensor:
-    """x.sum(-1), on a CPU in runs of up to 4096 numbers, because the compiler sums longer ones in a slower way."""
+    """x.sum(-1); on a CPU in runs of up to 4096 numbers, as the compiler sums longer ones in a slower way."""
     if x.device.type != "cpu":
         return x.sum(-1)
     runs = math.gcd(x.shape[-1], 1 << ((x.shape[-1] - 1) // 4096).bit_length())
@@ -296,7 +296,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 @torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
     """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
-    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: without."""
+    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: others."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:
@@ -519,7 +519,7 @@ def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: 
         a.contiguous(), a_scale, w.contiguous(), w_scale.contiguous(), parts, m, n, *a_scale.stride(), k,
         n_blocks(k) // splits, tile.tokens, tile.features, tile.swap, num_warps=tile.warps,
         num_stages=tile.stages.get(device_kind(a.device)))
-    return sum(parts.unbind()).to(dtype)        # in this order, unlike atomic additions: a result can be repeated
+    return sum(parts.unbind()).to(dtype)        # in this order, unlike atomic additions: results are repeatable
 
 
 def _launch_scaled_mm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -552,12 +552,12 @@ def _launch_grouped(a: Tensor, a_scale: Tensor, weights: list[Tensor],
 def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v of one query a row, over the keys up to its position: flash decoding.
 
-    q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed form
-    v is the front of k. Keys are cut into runs, for which all processors work at once; each gives its weighted sum of
-    values, and its weight. Only filled slots are read, as many as the device finds in `positions`, so a CUDA graph
-    for t slots takes no longer than one for fewer.
+    q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed
+    form v is the front of k. Keys are cut into runs, for which all processors work at once; each gives its
+    weighted sum of values, and the log of its weight. Only filled slots are read, as many as the device finds
+    in `positions`: a CUDA graph for t slots takes no longer than one for fewer.
     """
-    parts, weights = _launch_attend(q, k, v, positions, scale)                  # [b, h, runs, v], [b, h, runs]
+    parts, weights = _launch_attend(q, k, v, positions, scale)              # [b, h, runs, v], [b, h, runs]
     return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
 
 
@@ -571,9 +571,9 @@ def can_attend_one(q: Tensor, v: Tensor) -> bool:
 if triton:
     @triton.jit(do_not_specialize=["runs"])
     def attend_kernel(q, k, v, positions, parts, weights, k_row, k_slot, k_head, v_row, v_slot, v_head, runs,
-                      SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-                      SPAN: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
-        """16 of the HEADS that share a key/value head, for a run of SPAN slots, KEYS at a time: online softmax.
+                      SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                      R: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
+        """16 of the HEADS that share a key/value head, for SPAN slots, KEYS at a time, with an online softmax.
 
         A key has D + R numbers, a value D; SHARED: values are the fronts of the keys, which are read once.
         """
@@ -609,13 +609,14 @@ if triton:
             total = total * fade + tl.sum(weight, axis=1)
             acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         to = at * runs + run
-        tl.store(parts + to[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=live[:, None])
+        acc /= tl.maximum(total, 1e-30)[:, None]
+        tl.store(parts + to[:, None] * D + d[None, :], acc, mask=live[:, None])
         tl.store(weights + to, largest + tl.log(total), mask=live)
 
 
 def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (b, _, h, d), (_, t, g, size) = q.shape, v.shape
-    span = 256                                  # the same for a filled length, whatever t: sums stay equal to the bit
+    span = 256                                  # whatever t is, up to 16,384: sums stay equal to the bit
     while span * 64 < t:
         span *= 2
     runs, keys = triton.cdiv(t, span), max(16, min(64, 2 ** 15 // (size * k.element_size())))
@@ -623,6 +624,6 @@ def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: fl
     parts = torch.empty(b, h, runs, size, dtype=torch.float32, device=q.device)
     weights = torch.empty(b, h, runs, dtype=torch.float32, device=q.device)
     attend_kernel[b * g * triton.cdiv(h // g, 16), runs](
-        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3], runs, scale, g,
-        h // g, size, d - size, span, keys, d > size, num_warps=4, num_stages=stages)
+        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3], runs,
+        scale, g, h // g, size, d - size, span, keys, d > size, num_warps=4, num_stages=stages)
     return parts, weights

@@ -609,7 +609,7 @@ class MLA(nn.Module):
         q, bias = torch.cat([q_c, q_pe], dim=-1), step.bias                     # [b, s, h/P, c+r]
         keys = latents[:, :, None]                                              # [b, t, 1, c+r]: of all heads
         if kernel.can_attend_one(q, keys[..., :self.c]):
-            o_c = kernel.attend_one(q, keys, keys[..., :self.c], step.positions, self.scale)    # [b, s, h/P, c]
+            o_c = kernel.attend_one(q, keys, keys[..., :self.c], step.positions, self.scale)
         elif kernel.fp32_is_faster(q):          # all heads as queries of one, so that latents are read once
             bias, keys = bias.repeat_interleave(self.heads, dim=2), latents[:, None]        # [b, 1, t, c+r]
             o_c = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, keys, bias, scale=self.scale)

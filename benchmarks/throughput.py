@@ -3,12 +3,12 @@
     python benchmarks/throughput.py --config configs/qwen_0.5b.json         random weights of these shapes
     python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
 
-Every figure is a median over rounds, in each of which all take their turn at each task; a round of decoding is
-itself a median of steps. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
-passes. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same rounds:
-what a step must read, over the first, and what a prompt must multiply, over the second, are the limits. Load time
-and peak memory are those of fresh processes that load (from the file cache) and take a step; on a GPU random weights
-are made where they stay, and nothing is loaded.
+Every figure is a median over rounds, in each of which all take their turn at each task; of a round of decoding
+it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
+passes. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same
+rounds: what a step must read, over the first, and what a prompt must multiply, over the second, are the limits.
+Load time and peak memory are those of fresh processes that load (from the file cache) and take a step; on a GPU
+random weights are made where they stay, and nothing is loaded.
 """
 import argparse
 import functools
@@ -250,8 +250,8 @@ def median_seconds(work, times: int) -> float:
 
 
 def limits(device: str) -> dict[str, float]:
-    """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in bf16, or in fp32 on a CPU that takes longer
-    for bf16. A GPU copies the 1 GB, in which its launches and its clock vanish, and has larger matrices."""
+    """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in bf16, or in fp32 on a CPU that takes
+    longer for bf16. A GPU copies the 1 GB and multiplies larger matrices, so that its launches do not count."""
     gpu, big = device == "cuda", torch.ones(2 ** 28, device=device)
     size = 8192 if gpu else 2048
     a, b = torch.randn(2, size, size, device=device)

@@ -195,7 +195,7 @@ def test_an_moe_layer_is_the_same_in_two_launches_as_in_a_loop(monkeypatch):
 def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, shared, rest):
     """Rows of 1, 256, 257 and 700 keys: full, part-filled and empty runs. fp32 sums: 1e-6 is enough."""
     slots, ends = 770, torch.tensor([[0], [255], [256], [699]])
-    buffer = noise(4, slots + 5, groups, shared + rest)[:, :slots]              # not contiguous, as in a cache
+    buffer = noise(4, slots + 5, groups, shared + rest)[:, :slots]          # not contiguous, as in a cache
     k, v = buffer, buffer[..., :shared] if rest else noise(4, slots, groups, shared, seed=1)
     q = noise(4, 1, groups * heads, shared + rest, seed=2)
     assert kernel.can_attend_one(q, v)

@@ -205,8 +205,8 @@ def test_a_scale_that_does_not_fit_is_an_error(bad):
 
 # What runs where
 
-GPUS = {"cpu": ("torch", "torch", False), "old": ("torch", "triton", False), "sm_80": ("torch", "triton", False),
-        # products, dequantisation, scaled_mm of many
+GPUS = {"cpu": ("torch", "torch", False), "old": ("torch", "triton", False),       # products, dequantisation,
+        "sm_80": ("torch", "triton", False),                                        # scaled_mm of many
         "sm_89": ("triton", "triton", False), "sm_90": ("triton", "triton", True),
         "rocm": ("triton", "triton", False)}
 

@@ -1,9 +1,10 @@
-"""Claim: on a GPU the kernels equal their definitions, the models HuggingFace's logits, and a decode step replayed
-as a CUDA graph gives the tokens of the eager one. Skipped where there is no GPU: `python -m pytest tests/test_gpu.py`.
+"""Claim: on a GPU the kernels equal their definitions, the models HuggingFace's logits, and a decode step that
+is replayed as a CUDA graph gives the tokens of the eager one. Skipped where there is no GPU.
 
-Quantising divides and rounds as the definition does, so it must be equal bit for bit. Products of e4m3 numbers are
-exact; what tensor cores lose in sums of 128 is bounded by 2^-13 of the sum's largest term (they keep 14 bits), and bf16
-results round by 2^-9: hence 4e-3 of the norm. fp32 products are in full precision (TF32 is off by default).
+Quantising divides and rounds as the definition does, so it must be equal bit for bit. Products of e4m3 numbers
+are exact; what tensor cores lose in sums of 128 is bounded by 2^-13 of the sum's largest term (they keep 14
+bits), and bf16 results round by 2^-9: hence 4e-3 of the norm. fp32 products are in full precision (TF32 is off
+by default).
 """
 import pytest
 import tiny
@@ -56,8 +57,8 @@ def exact(a, a_scale, w, w_scale) -> torch.Tensor:
 
 @fp8_only
 @pytest.mark.parametrize("path", ["triton", "scaled_mm"])
-@pytest.mark.parametrize("m, n, k", [(1, 576, 7168), (2, 192, 1024), (17, 64, 2048), (40, 200, 200), (100, 512, 512),
-                                     (300, 192, 384), (4096, 2304, 768), (5, 1, 129)])
+@pytest.mark.parametrize("m, n, k", [(1, 576, 7168), (2, 192, 1024), (17, 64, 2048), (40, 200, 200),
+                                     (100, 512, 512), (300, 192, 384), (4096, 2304, 768), (5, 1, 129)])
 def test_every_tile_equals_float64_and_repeats_itself(m, n, k, path, monkeypatch):
     """A result that changes between calls would be a race."""
     monkeypatch.setattr(kernel, "FORCED", path)
@@ -86,7 +87,8 @@ def test_experts_in_one_launch_equal_float64_and_repeat_themselves(tokens, exper
                 assert (y.double() - expected).norm() <= 4e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("groups, heads, size, rest", [(4, 7, 128, 0), (1, 128, 512, 64), (8, 4, 128, 0), (2, 1, 64, 0)])
+@pytest.mark.parametrize("groups, heads, size, rest", [(4, 7, 128, 0), (1, 128, 512, 64), (8, 4, 128, 0),
+                                                       (2, 1, 64, 0)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2 ** -8), (torch.float32, 1e-6)])
 def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, size, rest, dtype, tolerance):
     """Shapes of Qwen-7B, R1 and Llama-8B; bf16 rounds the weights and the result (2^-9 each)."""
@@ -116,8 +118,8 @@ def fresh(monkeypatch):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    references = {"moe": tiny.write(folder / "moe", tiny.deepseek()), "dense": tiny.write(folder / "dense", tiny.qwen2()),
-                  "llama": tiny.write(folder / "llama", tiny.llama())}
+    configs = {"moe": tiny.deepseek(), "dense": tiny.qwen2(), "llama": tiny.llama()}
+    references = {name: tiny.write(folder / name, config) for name, config in configs.items()}
     tiny.write(folder / "fp8", tiny.deepseek())
     tiny.quantise(folder / "fp8")
     return folder, references
@@ -146,15 +148,16 @@ def complete(model, sampling, new: int = 30) -> list[list[int]]:
                                                 ("fp8", "dequant", True),
                                                 pytest.param("fp8", "gemm", False, marks=fp8_only)])
 def test_graphs_give_the_tokens_of_eager_steps(paths, family, fp8, fused, rows, monkeypatch):
-    """Prompts of 240 tokens cross from the bucket of 256 slots into that of 512, whose graph is captured then. A sum
-    in another order may take an activation over an edge of e4m3: hence FP8's graph of the eager kernels here."""
+    """Prompts of 240 tokens cross from the bucket of 256 slots into that of 512, whose graph is captured then.
+    Sums in another order may take an activation over an edge of e4m3: hence a graph of FP8's eager kernels."""
     captured, capture = [], Decoder.captured
     monkeypatch.setattr(Decoder, "captured", lambda *args: (captured.append(args), capture(*args))[1])
     if not fused:
         monkeypatch.setattr(decode, "fuse", lambda function, tune: function)
     for sampling in (Sampling(temperature=0), Sampling(1.0, 0.9, 3)):
-        eager, graphs = (complete(tiny.load(paths[0] / family, device=GPU, rows=rows, max_seq_len=600, fp8=fp8,
-                                            compile=compile), sampling) for compile in (False, True))
+        settings = dict(device=GPU, rows=rows, max_seq_len=600, fp8=fp8)
+        eager, graphs = (complete(tiny.load(paths[0] / family, **settings, compile=compile), sampling)
+                         for compile in (False, True))
         assert graphs == eager
     assert len(captured) >= 4
 
@@ -178,12 +181,15 @@ def test_fused_fp8_steps_give_the_logits_of_eager_ones(paths, rows):
 
 @fp8_only
 def test_a_step_waits_for_nothing_but_its_end(paths):
+    """PyTorch raises at the first thing that waits for the device: that is the last line of a replay."""
     model = tiny.load(paths[0] / "fp8", device=GPU, rows=1, max_seq_len=600, fp8="gemm", compile=True)
     decoder = Decoder(model, Cache.allocate(model.cfg, model.rt))
     before, = decoder.step([5], 7, look)
+    assert before.device.type == "cpu" and before.isfinite().all()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logits, = decoder.step([6], 8, look)
+        with pytest.raises(RuntimeError, match="synchronizing") as raised:
+            decoder.step([6], 8, look)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert logits.device.type == "cpu" and logits.isfinite().all()
+    assert [entry.name for entry in raised.traceback if entry.path.name == "decode.py"][-1] == "replay"

@@ -130,7 +130,8 @@ def test_split_sums_are_added_without_atomic_operations(tmp_path):
     ("Qwen-7B", dict(GROUPS=4, HEADS=7, D=128, R=0, KEYS=64, SHARED=False))])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_attention_of_a_step_fits_on_tensor_cores(model, constants, kind, tmp_path):
-    pointers = {**dict.fromkeys(("q", "k", "v"), "*bf16"), "positions": "*i64", "parts": "*fp32", "weights": "*fp32"}
+    pointers = {**dict.fromkeys(("q", "k", "v"), "*bf16"), "positions": "*i64",
+                **dict.fromkeys(("parts", "weights"), "*fp32")}
     binary = compiled(kernel.attend_kernel, kind, dict(SCALE=0.1, SPAN=256, **constants), pointers,
                       num_stages=2 if kind == "rocm" else 3)
     assert binary.metadata.shared <= SHARED_MEMORY[kind] and spilled_bytes(binary, tmp_path) == 0
