@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     bounds = facts["limits"]
     title = f"{name} on {where}"
     text = "\n".join([f"# {title}", "", f"bf16 unless it says otherwise, torch {torch.__version__}, medians of "
-                      f"{args.rounds} rounds. Reading {bounds['bandwidth'] / 1e9:.1f} GB/s, products "
+                      f"{args.rounds} rounds. {'Copying' if args.device == 'cuda' else 'Reading'} {bounds['bandwidth'] / 1e9:.1f} GB/s, products "
                       f"{bounds['gemm'] / 1e9:.0f} GFLOP/s, weights {facts['weights'] / 1e9:.2f} GB.", "",
                       *table(facts)])
     print(text)

@@ -47,6 +47,23 @@ def operands(m: int, n: int, k: int):
     return *plain(kernel.act_quant, noise(m, k, seed=1)), *plain(kernel.weight_quant, noise(n, k, seed=2))
 
 
+@pytest.mark.parametrize("groups, heads, shared, rest", [(2, 3, 32, 0), (1, 20, 64, 16), (4, 1, 16, 0)])
+def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, shared, rest):
+    """Rows of 1, 256, 257 and 700 keys: full, part-filled and empty runs. fp32 sums: 1e-6 is enough."""
+    slots, ends = 770, torch.tensor([[0], [255], [256], [699]])
+    buffer = noise(4, slots + 5, groups, shared + rest)[:, :slots]          # not contiguous, as in a cache
+    k, v = buffer, buffer[..., :shared] if rest else noise(4, slots, groups, shared, seed=1)
+    q = noise(4, 1, groups * heads, shared + rest, seed=2)
+    assert kernel.can_attend_one(q, v)
+    scores = torch.einsum("bghd,btgd->bght", q.double().view(4, groups, heads, -1), k.double()) * 0.3
+    hidden = torch.arange(slots) > ends[:, :, None, None]
+    exact = torch.einsum("bght,btgd->bghd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
+    buffer[:, 700:] = torch.nan                                                 # nobody looks there
+    ours = kernel.attend_one(q, k, v, ends, 0.3)
+    assert_close(ours, exact.view(4, 1, groups * heads, -1))
+    assert torch.equal(kernel.attend_one(q[:1], k[:1, :300], v[:1, :300], ends[:1], 0.3), ours[:1])
+
+
 @pytest.mark.parametrize("m, n, k", [*((m, 130, 256) for m in range(18)), (1, 192, 1024), (17, 64, 2048),
                                      (40, 200, 200), (300, 192, 328), (5, 1, 129)])
 def test_gemm_equals_float64_and_the_definition(m, n, k):
@@ -189,20 +206,3 @@ def test_an_moe_layer_is_the_same_in_two_launches_as_in_a_loop(monkeypatch):
     layer.grouped = False
     expected = plain(layer, x)
     assert (ours - expected).abs().max() <= 1e-5 * expected.std()
-
-
-@pytest.mark.parametrize("groups, heads, shared, rest", [(2, 3, 32, 0), (1, 20, 64, 16), (4, 1, 16, 0)])
-def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, shared, rest):
-    """Rows of 1, 256, 257 and 700 keys: full, part-filled and empty runs. fp32 sums: 1e-6 is enough."""
-    slots, ends = 770, torch.tensor([[0], [255], [256], [699]])
-    buffer = noise(4, slots + 5, groups, shared + rest)[:, :slots]          # not contiguous, as in a cache
-    k, v = buffer, buffer[..., :shared] if rest else noise(4, slots, groups, shared, seed=1)
-    q = noise(4, 1, groups * heads, shared + rest, seed=2)
-    assert kernel.can_attend_one(q, v)
-    scores = torch.einsum("bghd,btgd->bght", q.double().view(4, groups, heads, -1), k.double()) * 0.3
-    hidden = torch.arange(slots) > ends[:, :, None, None]
-    exact = torch.einsum("bght,btgd->bghd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
-    buffer[:, 700:] = torch.nan                                                 # nobody looks there
-    ours = kernel.attend_one(q, k, v, ends, 0.3)
-    assert_close(ours, exact.view(4, 1, groups * heads, -1))
-    assert torch.equal(kernel.attend_one(q[:1], k[:1, :300], v[:1, :300], ends[:1], 0.3), ours[:1])

@@ -61,7 +61,7 @@ def no_cache(tmp_path, monkeypatch):
 
 
 def test_numerics_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / "interpreted.py"]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "FP8_PATH": "triton"},
                          capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
