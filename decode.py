@@ -13,6 +13,7 @@ waits for nothing but the end, and reads nothing but what was drawn.
 import functools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,24 +35,53 @@ def check(rt: Runtime) -> Runtime:
             raise ValueError(f"--compile on a CPU goes with 1 rank, a --batch-size up to {kernel.FEW}, and "
                              f"--fp8 dequant or bf16; here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 "
                              f"{rt.fp8}")
+    if rt.compile and rt.device.type == "cuda":
+        able = kernel.triton and torch.cuda.get_device_capability(rt.device) >= (7, 0)
+        if not able or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
+            raise ValueError("--compile on a GPU needs Triton, compute capability 7.0 or more, and with --fp8 "
+                             "gemm a GPU that multiplies e4m3; leave it out, or see README's requirements")
     return rt
 
 
 def precompile(model: Transformer) -> None:
-    """Make the C++ of all steps, if there is to be any: no answer waits for it. OSError: it cannot be made."""
-    if model.rt.compile and model.rt.device.type == "cpu":
-        for rows in {1, model.rt.rows}:
+    """Compile the layers of all steps, if they are to be: no answer waits for it. OSError: C++ failed."""
+    rt = model.rt
+    for rows in sorted({1, rt.rows}) if rt.compile else ():
+        if rt.device.type == "cpu":
             make_parts(model, rows)
+            continue
+        cache = Cache.allocate(model.cfg, replace(rt, rows=rows, max_seq_len=640))
+        name = f"compile for {rows} row{'s' * (rows > 1)}"
+        with tqdm(desc=name, bar_format="{desc}", disable=rt.tp.rank > 0), torch.inference_mode():
+            fused_layers(model, cache, torch.zeros(rows, 1, dtype=torch.int64, device=rt.device), slots=512)
 
 
 @functools.cache
-def fuse(function: Callable, tune: bool) -> Callable:
+def fuse(function: Callable, tune: bool, ranks: int) -> Callable:
     """The function, for a GPU: TorchInductor makes few kernels of its many, which round where the eager ones
-    do, so that tokens stay the same. `tune` has it try out tiles: 2 % faster, twice the time to compile."""
+    do, so that tokens stay the same but for ties. `tune` has it try out tiles: 2 % faster, twice the time to
+    compile. That, and all that depends on a clock, stays out where ranks must choose the same experts."""
     options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True,
-               "coordinate_descent_tuning": tune}
-    known = torch._inductor.list_options()              # 2.9 lacks one
+               "coordinate_descent_tuning": tune and ranks == 1, "deterministic": ranks > 1}
+    known = torch._inductor.list_options()              # 2.9 lacks two
+    torch._dynamo.config.recompile_limit = 64           # kinds of layers, times sizes of batches
     return torch.compile(function, options={name: value for name, value in options.items() if name in known})
+
+
+def fused_layers(model: Transformer, cache: Cache, tokens: Tensor, slots: int) -> Tensor:
+    """As Transformer.forward for tokens [b, 1], up to its last norm: x [b, 1, m]. What is compiled for a kind
+    of layer serves any number of slots. Layers get the whole cache, and cut out the slots themselves: of a part
+    the compiler makes a copy, which attend_kernel would read at the strides of the original."""
+    tune = len(tokens) == 1 and not model.cfg.fp8       # else cuBLAS and kernel.py read the weights
+    run = fuse(Block.forward, tune, model.rt.tp.size)
+    x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
+    torch._dynamo.maybe_mark_dynamic(now.bias, 3)
+    for block, buffers in zip(model.layers, cache.layers):
+        for buffer in buffers:
+            torch._dynamo.maybe_mark_dynamic(buffer, 1)
+        x = run(block, x, now, buffers)
+    cache.lengths.add_(1)
+    return x
 
 
 def finish(model: Transformer, x: Tensor, draw: Callable, *chances: Tensor) -> tuple[Tensor, ...]:
@@ -60,12 +90,14 @@ def finish(model: Transformer, x: Tensor, draw: Callable, *chances: Tensor) -> t
 
 class Decoder:
     """Steps of the first rows of `cache`. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
-    into tensors, without a look at their values; draws that are equal share a graph."""
+    into tensors, without a look at their values; draws that are equal share a graph. What was drawn must be
+    read before the next step, which uses its place again."""
 
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache, self.rt = model, cache, model.rt
         self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}
+        self.pool = None                                # memory of all graphs, of which one runs at a time
         self.forwards: dict[int, Callable] = {}         # compiled, for so many rows
 
     @torch.inference_mode()
@@ -78,7 +110,7 @@ class Decoder:
             self.given = [torch.from_numpy(np.zeros(self.rt.rows, values.dtype)) for values in given]
             if cuda:                                    # where the device can fetch it
                 self.given = [buffer.pin_memory() for buffer in self.given]
-        for buffer, values in zip(self.given, given):
+        for buffer, values in zip(self.given, given, strict=True):
             buffer.numpy()[:n] = values
         if not self.rt.compile:
             return self.eager(n, slots, draw)()
@@ -113,34 +145,24 @@ class Decoder:
 
     def replayed(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step as a graph, captured when its power of two of slots is first needed."""
-        slots = min(max(256, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
+        slots = min(max(512, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
         if (rows, slots, draw) not in self.graphs:
-            quiet = self.rt.tp.rank > 0 or any(rows == others for others, *_ in self.graphs)
-            name = f"compile for {rows} row{'s' * (rows > 1)}"
-            with tqdm(desc=name, bar_format="{desc}", leave=False, disable=quiet):
-                self.graphs[rows, slots, draw] = self.captured(self.fused(rows, slots, draw))
+            self.graphs[rows, slots, draw] = self.captured(self.fused(rows, slots, draw))
         return self.graphs[rows, slots, draw]()
 
     def fused(self, rows: int, slots: int, draw: Callable) -> Callable:
-        """`eager`, with compiled layers, which serve all numbers of slots. They get buffers as a whole: the
-        compiler would copy parts, and attend_kernel read the copies at the strides of the originals."""
+        """`eager`, with compiled layers."""
         model, cache = self.model, self.cache.view(slice(0, rows), self.rt.max_seq_len)
-        tune = rows == 1 and not model.cfg.fp8          # else cuBLAS and kernel.py read the weights
-        run_layer, run_finish = fuse(Block.forward, tune), fuse(finish, tune)
 
         def step() -> tuple[Tensor, ...]:
             tokens, *chances = self.read(rows)
-            x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
-            torch._dynamo.maybe_mark_dynamic(now.bias, 3)
-            for block, buffers in zip(model.layers, cache.layers):
-                x = run_layer(block, x, now, buffers)
-            cache.lengths.add_(1)
-            return run_finish(model, x, draw, *chances)
+            x = fused_layers(model, cache, tokens, slots)
+            return fuse(finish, False, self.rt.tp.size)(model, x, draw, *chances)
         return step
 
     def captured(self, step: Callable) -> Callable:
-        """A step as a graph, whose results are on the host. It runs once before its capture, so that libraries
-        get what they keep; its slot is reused."""
+        """A step as a graph, with results on the host. It runs once before its capture, so that libraries get
+        what they keep; its slot is reused."""
         lengths = self.cache.lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -148,8 +170,8 @@ class Decoder:
             results = [torch.empty_like(drawn, device="cpu", pin_memory=True) for drawn in step()]
         torch.cuda.current_stream().wait_stream(side)
         self.cache.lengths.copy_(lengths)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
             for result, drawn in zip(results, step()):
                 result.copy_(drawn, non_blocking=True)
 

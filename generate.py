@@ -591,7 +591,7 @@ def make_parser() -> Parser:
                              "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
                              "gemm on GPUs with FP8 tensor cores, else dequant")
     parser.add_argument("--compile", action="store_true",
-                        help="faster tokens, after a minute, once: C++ code on a CPU, CUDA graphs on a GPU")
+                        help="faster tokens, once compiled (a minute): C++ code on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
 

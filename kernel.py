@@ -21,6 +21,7 @@ Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), k
 import functools
 import math
 import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ try:
     import triton.language as tl
 except ImportError:         # no wheel for this system, or not wanted: section 1 does all the work
     triton = None
+if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    triton = None           # on a GPU it compiles what starts its kernels
 
 BLOCK = 128        # the edge of a weight block, and the run of channels that share an activation scale
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
@@ -54,7 +57,7 @@ def act_quant(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     x [..., k] in any float dtype -> (q [..., k] e4m3, scale [..., kb] fp32), with q * scale close to x.
     `ue8m0` rounds scales up to powers of two, which 8 exponent bits can hold (V3.1; R1 does not use it).
     """
-    if path(x.device) == "triton" and not torch.compiler.is_compiling():    # which merges it with what is near
+    if path(x.device) == "triton" and not torch.compiler.is_compiling():    # which merges what is below
         return _launch_act_quant(x, ue8m0)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., kb, 128]
     scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # the clamp keeps an all-zero block from 0 / 0
@@ -109,7 +112,7 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
     """x W^T as a multiply-and-sum: x [..., k], w [..., n, k] -> [..., n]; an e4m3 w has scale [..., nb, kb],
     and k a multiple of 4. Of a stack w [e, n, k], `ids` [...] int64 name a matrix for each x.
 
-    Made for compiled.py, where it becomes one pass over w in the time of reading it, which looks up a matrix
+    Made to be compiled, where it becomes one pass over w in the time of reading it, which looks up a matrix
     of a stack as it goes. For one x the pass goes through the quarters of w side by side, because memory
     serves four readers faster than one; a few x that have one w [n, k] in common share each number read.
     """
@@ -229,7 +232,7 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torc
 class Groups(NamedTuple):
     """Which token goes to which expert, and the tiles of tokens in which a GPU works that off."""
     ids: Tensor         # [s] expert of slot i; a token has s / m neighbouring slots
-    order: Tensor       # [s] slots sorted by expert
+    order: Tensor       # [s] slots, those of a tile next to each other
     expert: Tensor      # [t] expert of each tile; e: a tile that is not needed
     first: Tensor       # [t] a tile covers order[first:stop]
     stop: Tensor        # [t]
@@ -293,19 +296,21 @@ FORCED = os.environ.get("FP8_PATH")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpreter runs kernels on the CPU
 
 
+capability = functools.cache(torch.cuda.get_device_capability)
+
+
 @torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
     """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
-    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: others."""
+    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: rest."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "rocm" if name.startswith(("gfx94", "gfx95", "gfx12")) else "old"
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] in (9, 10):
+    if capability(device)[0] in (9, 10):
         return "sm_90"
-    return "sm_89" if capability >= (8, 9) else "sm_80" if capability >= (8, 0) else "old"
+    return "sm_89" if capability(device) >= (8, 9) else "sm_80" if capability(device) >= (8, 0) else "old"
 
 
 def path(device: torch.device, multiply: bool = True) -> str:
@@ -326,7 +331,7 @@ def scaled_mm_wins(m: int, w: Tensor, dtype: torch.dtype) -> bool:
     if not wanted or m == 0:
         return False
     return (hasattr(F, "scaled_mm") and device_kind(w.device) == "sm_90" and dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(w.device)[0] == 9 and w.shape[1] % BLOCK == 0
+            and capability(w.device)[0] == 9 and w.shape[1] % BLOCK == 0
             and w.shape[0] % 16 == 0 and [*map(int, torch.version.cuda.split(".")[:2])] >= [12, 9])
 
 
@@ -519,7 +524,7 @@ def _launch_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: 
         a.contiguous(), a_scale, w.contiguous(), w_scale.contiguous(), parts, m, n, *a_scale.stride(), k,
         n_blocks(k) // splits, tile.tokens, tile.features, tile.swap, num_warps=tile.warps,
         num_stages=tile.stages.get(device_kind(a.device)))
-    return sum(parts.unbind()).to(dtype)        # in this order, unlike atomic additions: results are repeatable
+    return parts[0] if splits == 1 else parts.sum(0).to(dtype)      # repeatable, unlike atomic additions
 
 
 def _launch_scaled_mm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -554,8 +559,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float)
 
     q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed
     form v is the front of k. Keys are cut into runs, for which all processors work at once; each gives its
-    weighted sum of values, and the log of its weight. Only filled slots are read, as many as the device finds
-    in `positions`: a CUDA graph for t slots takes no longer than one for fewer.
+    weighted sum of values, and the log of its weight. Keys past a row's end are not read, and `positions` is
+    read on the device: a CUDA graph for t slots takes hardly longer than one for fewer.
     """
     parts, weights = _launch_attend(q, k, v, positions, scale)              # [b, h, runs, v], [b, h, runs]
     return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
@@ -570,10 +575,10 @@ def can_attend_one(q: Tensor, v: Tensor) -> bool:
 
 if triton:
     @triton.jit(do_not_specialize=["runs"])
-    def attend_kernel(q, k, v, positions, parts, weights, k_row, k_slot, k_head, v_row, v_slot, v_head, runs,
-                      SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                      R: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
-        """16 of the HEADS that share a key/value head, for SPAN slots, KEYS at a time, with an online softmax.
+    def attend_kernel(q, k, v, positions, parts, weights, k_row, k_slot, k_head, v_row, v_slot, v_head, span,
+                      runs, SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                      R: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
+        """16 of the HEADS that share a key/value head, for `span` slots, KEYS at a time: online softmax.
 
         A key has D + R numbers, a value D; SHARED: values are the fronts of the keys, which are read once.
         """
@@ -582,8 +587,8 @@ if triton:
         row, group = (program // (BLOCKS * GROUPS)).to(tl.int64), program // BLOCKS % GROUPS
         heads, d = program % BLOCKS * 16 + tl.arange(0, 16), tl.arange(0, D)
         live, at = heads < HEADS, (row * GROUPS + group) * HEADS + heads
-        start = run * SPAN
-        stop = tl.minimum(start + SPAN, tl.load(positions + row).to(tl.int32) + 1)
+        start = run * span
+        stop = tl.minimum(start + span, tl.load(positions + row).to(tl.int32) + 1)
         q += at[:, None] * (D + R)
         k += row * k_row + group * k_head
         v += row * v_row + group * v_head
@@ -616,14 +621,12 @@ if triton:
 
 def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (b, _, h, d), (_, t, g, size) = q.shape, v.shape
-    span = 256                                  # whatever t is, up to 16,384: sums stay equal to the bit
-    while span * 64 < t:
-        span *= 2
+    span = 256 * triton.cdiv(t, 256 * 64)       # of t up to 16,384 it does not depend: equal to the bit
     runs, keys = triton.cdiv(t, span), max(16, min(64, 2 ** 15 // (size * k.element_size())))
     stages = 2 if device_kind(q.device) == "rocm" or k.dtype == torch.float32 else 3
     parts = torch.empty(b, h, runs, size, dtype=torch.float32, device=q.device)
     weights = torch.empty(b, h, runs, dtype=torch.float32, device=q.device)
     attend_kernel[b * g * triton.cdiv(h // g, 16), runs](
-        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3], runs,
-        scale, g, h // g, size, d - size, span, keys, d > size, num_warps=4, num_stages=stages)
+        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3],
+        span, runs, scale, g, h // g, size, d - size, keys, d > size, num_warps=4, num_stages=stages)
     return parts, weights

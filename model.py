@@ -312,7 +312,8 @@ class Cache:
 
     Each layer has a tuple of buffers [rows, slots, ...]: MLA one of width c + r (the latent and the shared
     rotary key), GQA keys and values [rows, slots, g, d]. A forward pass reads every slot of the cache that it
-    is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots.
+    is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots
+    (kernel.attend_one alone leaves out the others).
     """
     layers: list[tuple[Tensor, ...]]
     lengths: Tensor                         # [rows] int64: tokens stored; every forward pass advances it
@@ -381,7 +382,7 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x [..., in], w [out, in] -> x W^T [..., out]. compiled.py makes it a single pass over W."""
+    """x [..., in], w [out, in] -> x W^T [..., out]. --compile makes it a single pass over W."""
     return kernel.matvec(x, w) if kernel.few(x) else kernel.linear(x, w)
 
 
@@ -451,12 +452,13 @@ class Embedding(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v: q [b, s, h, d], k [b, t, g, d], v [b, t, g, v] -> [b, s, h, v].
 
-    Query head i uses key/value head i // (h/g). Three ways to the same result, each the fastest in its place.
+    Query head i uses key/value head i // (h/g). Three ways to the same result, each the fastest in its place,
+    next to kernel.attend_one.
     """
     q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
-        if torch.compiler.is_compiling() and not kernel.fp32_is_faster(q):
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and not kernel.fp32_is_faster(q):
             scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # [b, g, h/g, t]
             o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
         else:

@@ -22,7 +22,7 @@ from generate import Draw, Row, Sampling, chances, generate, main
 from model import Block, Cache, Runtime, Shard
 
 DEMO = Path(__file__).parent.parent / "demo"
-PROMPTS = [[7], list(range(3, 90)), [5, 6] * 120, list(range(200, 100, -1)), [9, 8, 7]]
+PROMPTS = [[7], list(range(3, 90)), [5, 6] * 250, list(range(200, 100, -1)), [9, 8, 7]]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def complete(model, prompts=PROMPTS, new=30, sampling=Sampling(temperature=0)) -
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["dense", "moe", "fp8"])
 def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeypatch):
-    """Prompts of 240 tokens and more cross from the bucket of 256 slots into that of 512. Layers are compiled in
+    """A prompt of 500 tokens crosses from the bucket of 512 slots into the next one. Layers are compiled in
     test_gpu.py, not here, but must get whole buffers: a compiler's copy of a part has other strides."""
-    def fuse(function, tune):
+    def fuse(function, tune, ranks):
         def layer(block, x, step, cache):
             assert all(buffer.is_contiguous() and buffer.shape[1] == 600 for buffer in cache)
             return function(block, x, step, cache)
@@ -132,6 +132,13 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, c
     for settings in (dict(fp8="gemm"), dict(tp=Shard(0, 2)), dict(rows=9)):
         with pytest.raises(ValueError, match="--compile on a CPU goes with 1 rank, a --batch-size up to 8, and "):
             decode.check(Runtime(compile=True, **settings))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = Runtime(torch.device("cuda"), compile=True)
+    for settings, triton, path in ((dict(), None, "torch"), (dict(fp8="gemm"), kernel, "torch")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="--compile on a GPU needs Triton, "):
+            patch.setattr(kernel, "triton", triton)
+            patch.setattr(kernel, "path", lambda device: path)
+            decode.check(replace(gpu, **settings))
     (tmp_path / "file").touch()
     for variable, value, told in (("XDG_CACHE_HOME", tmp_path / "file", "--compile keeps its results in .*file.*"),
                                   ("CXX", "false", "--compile: the C\\+\\+ compiler 'false' failed: .*")):

@@ -217,7 +217,7 @@ def test_the_device_decides_and_fp8_path_overrules_it(kind, monkeypatch):
     device, w = torch.device("cpu"), torch.empty(256, 256, dtype=kernel.FP8)
     monkeypatch.setattr(kernel, "triton", object())
     monkeypatch.setattr(kernel, "device_kind", lambda device: kind)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel, "capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(kernel.F, "scaled_mm", None, raising=False)
     for name, value in {"INTERPRETED": False, "FORCED": None}.items():

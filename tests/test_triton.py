@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 POINTERS = {**dict.fromkeys(("a", "w", "w1", "w2"), "*fp8e4nv"), "y": "*bf16",
             **dict.fromkeys(("a_scale", "w_scale", "w1_scale", "w2_scale", "scale"), "*fp32"),
             **dict.fromkeys(("order", "expert", "first", "stop"), "*i64")}
-MULTIPLES = ("n", "k", "k_row", "k_slot", "k_head", "v_row", "v_slot", "v_head")            # of 16
+MULTIPLES = ("n", "k", "k_row", "k_slot", "k_head", "v_row", "v_slot", "v_head", "span")            # of 16
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32),
            "rocm": ("hip", "gfx942", 64)}
 TENSOR_CORES = {"sm_89": "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3",
@@ -66,6 +66,15 @@ def test_numerics_in_the_interpreter():
                          capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-5000:] + run.stderr[-1000:]
     assert "skipped" not in run.stdout
+
+
+def test_without_a_c_compiler_a_gpu_goes_without_triton(tmp_path):
+    code = "import torch; torch.cuda.is_available = lambda: True; import kernel; print(kernel.triton)"
+    env = {name: value for name, value in os.environ.items() if name != "CC"}
+    for path, expected in ((str(tmp_path), "None"), (os.environ["PATH"], "<module 'triton'")):
+        run = subprocess.run([sys.executable, "-c", code], env=env | {"PATH": path}, cwd=TESTS.parent,
+                             capture_output=True, text=True)
+        assert run.stdout.startswith(expected), run.stderr
 
 
 MATMULS = [(fn, tile, kind) for fn in ("gemm", "grouped") for tile in range(4) for kind in ("sm_89", "sm_90")]
@@ -132,7 +141,7 @@ def test_split_sums_are_added_without_atomic_operations(tmp_path):
 def test_attention_of_a_step_fits_on_tensor_cores(model, constants, kind, tmp_path):
     pointers = {**dict.fromkeys(("q", "k", "v"), "*bf16"), "positions": "*i64",
                 **dict.fromkeys(("parts", "weights"), "*fp32")}
-    binary = compiled(kernel.attend_kernel, kind, dict(SCALE=0.1, SPAN=256, **constants), pointers,
+    binary = compiled(kernel.attend_kernel, kind, dict(SCALE=0.1, **constants), pointers,
                       num_stages=2 if kind == "rocm" else 3)
     assert binary.metadata.shared <= SHARED_MEMORY[kind] and spilled_bytes(binary, tmp_path) == 0
     assert ("v_mfma_f32" in binary.asm["amdgcn"] if kind == "rocm" else
