@@ -50,6 +50,7 @@ def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeyp
     def fuse(function, tune, ranks):
         def layer(block, x, step, cache):
             assert all(buffer.is_contiguous() and buffer.shape[1] == 600 for buffer in cache)
+            assert step.positions.max() < step.bias.shape[-1]           # the new token has a slot of its own
             return function(block, x, step, cache)
         return layer if function is Block.forward else function
     monkeypatch.setattr(Decoder, "compiled", Decoder.replayed)
