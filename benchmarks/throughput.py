@@ -350,6 +350,16 @@ def measure(source: Path | Config, names: list[str], rounds: int, new: int, long
             "weights": memory.plan(cfg, Runtime()).weights}
 
 
+def contenders(cfg: Config, device: str) -> list[str]:
+    """All that can run this model here."""
+    names = set(ENGINES)
+    if not (find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and device == "cpu"):
+        names -= {"llama.cpp"}
+    if cfg.fp8:                                             # none of the others reads it; ours is FP8 already
+        names &= {"ours", "ours compiled"}
+    return [name for name in ENGINES if name in names]
+
+
 def takes_part(name: str, n: int, rows: int, new: int) -> bool:
     """Compiled is decoding; reading would be measured twice. Batches are for those that have them in bf16."""
     if "compiled" in name and new == 0 or name in ("llama.cpp", "ours compiled fp8") and rows > 1:
@@ -442,9 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         elif not args.config:
             for file in args.ckpt_path.iterdir():       # llama.cpp's file is put beside the links
                 (folder / file.name).symlink_to(file.resolve())
-        llama = find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and args.device == "cpu"
-        names = args.who or [name for name in ENGINES if (name != "llama.cpp" or llama) and not (
-            cfg.fp8 and (name.startswith("transformers") or "fp8" in name))]
+        names = args.who or contenders(cfg, args.device)
         facts = measure(source, names, args.rounds, args.new_tokens, args.longest, args.device)
     where = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
