@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from model import Block, Cache, RMSNorm, Step, Transformer, product
+from kernel import linear
+from model import Block, Cache, RMSNorm, Step, Transformer
 
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and sum may be one instruction
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast",   # product and sum may be one instruction
+           "cpp.min_chunk_size": 4096}                          # numbers; less is not worth a thread
 
 
 class Part(nn.Module):
@@ -43,13 +45,13 @@ class Part(nn.Module):
         return self.call(dict(zip(self.weights, weights)), *inputs)
 
 
-def layer(block: Block, weights: dict[str, Tensor], x: Tensor, positions: Tensor, bias: Tensor, cos: Tensor,
-          sin: Tensor, *cache: Tensor) -> Tensor:
-    return functional_call(block, weights, (x, Step(positions, bias, cos, sin), cache))
+def layer(block: Block, weights: dict[str, Tensor], x: Tensor, positions: Tensor, bias: Tensor, rows: Tensor,
+          cos: Tensor, sin: Tensor, *cache: Tensor) -> Tensor:
+    return functional_call(block, weights, (x, Step(positions, bias, rows, cos, sin), cache))
 
 
 def head(norm: RMSNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    return product(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
+    return linear(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
 
 
 def parts_of(model: Transformer, rows: int) -> list[Part]:
@@ -58,8 +60,8 @@ def parts_of(model: Transformer, rows: int) -> list[Part]:
     x, now = torch.empty(rows, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache.lengths, 256)
     parts = []
     for block, buffers in zip(model.layers, cache.layers):
-        inputs = [x, now.positions, now.bias, now.cos, now.sin, *buffers]
-        open_axes = {2: {3: "slots"}} | {i: {1: "room"} for i in range(5, len(inputs))}
+        inputs = [x, now.positions, now.bias, now.rows, now.cos, now.sin, *buffers]
+        open_axes = {2: {3: "slots"}} | {i: {1: "room"} for i in range(6, len(inputs))}
         parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, open_axes))
     weights = {"norm": model.norm.weight, "head": model.head.weight}
     return [*parts, Part(functools.partial(head, model.norm), weights, [x], {})]
@@ -87,7 +89,7 @@ def compile_forward(model: Transformer, cache: Cache) -> Callable:
     def forward(tokens: Tensor, slots: int) -> Tensor:
         x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
         for (run, weights), buffers in zip(calls, cache.layers):
-            x, = run([x, now.positions, now.bias, now.cos, now.sin, *buffers, *weights])
+            x, = run([x, now.positions, now.bias, now.rows, now.cos, now.sin, *buffers, *weights])
         cache.lengths += 1
         run, weights = calls[-1]
         return run([x, *weights])[0]

@@ -120,7 +120,7 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
         return matvec_fp8(x, w, scale, ids)
     w, x32 = w if ids is None else w[ids], stored(x.float())
     rows = x32.view(-1, x.shape[-1]).unbind() if w.dim() == 2 else [x32[..., None, :]]
-    quarters = w.shape[-2] % 64 == 0 and w.device.type == "cpu"
+    quarters = w.shape[-2] % 16 == 0 and w.device.type == "cpu"
     parts = w.chunk(max(1, 4 // len(rows)) if quarters else 1, dim=-2)
     parts = [part.float() for part in parts]
     y = torch.cat([sums(row * part) for row in rows for part in parts], dim=-1).to(x.dtype)
@@ -162,7 +162,7 @@ def sums(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.sum(-1)
     runs = math.gcd(x.shape[-1], 1 << ((x.shape[-1] - 1) // 4096).bit_length())
-    return x.unflatten(-1, (runs, -1)).sum(-1).sum(-1)
+    return x.sum(-1) if runs == 1 else x.unflatten(-1, (runs, -1)).sum(-1).sum(-1)
 
 
 def stored(x: Tensor) -> Tensor:
@@ -170,17 +170,22 @@ def stored(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]; `matmul`, but with W converted 4 MB at a time."""
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a single
+    pass over W; where fp32 is faster, it is `matmul`, but with W converted 4 MB at a time."""
     rows = x.shape[:-1].numel()
-    if rows <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
-        return F.linear(x, w)
-    x32, parts = x.float().flatten(0, -2), w.chunk(1 + w.numel() // 2 ** 20)
-    if rows <= 256:                             # W x^T: BLAS is faster with the longer side on the left
-        y = torch.cat([(part.float() @ x32.T).to(x.dtype) for part in parts]).T.contiguous()
+    if few(x):
+        y = matvec(x, w)
+    elif rows <= 4 or not fp32_is_faster(x):    # so few rows wait for W, either way
+        return F.linear(x, w, bias)
     else:
-        y = torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
-    return y.unflatten(0, x.shape[:-1])
+        x32, parts = x.float().flatten(0, -2), w.chunk(1 + w.numel() // 2 ** 20)
+        if rows <= 256:                         # W x^T: BLAS is faster with the longer side on the left
+            y = torch.cat([(part.float() @ x32.T).to(x.dtype) for part in parts]).T.contiguous()
+        else:
+            y = torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
+        y = y.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -299,7 +304,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton's interpret
 capability = functools.cache(torch.cuda.get_device_capability)
 
 
-@torch.compiler.assume_constant_result
 def device_kind(device: torch.device) -> str:
     """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
     (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: rest."""
@@ -362,7 +366,6 @@ def tile_for(tokens: int) -> Tile:
     return next(tile for tile in TILES if tokens <= tile.up_to)
 
 
-@torch.compiler.assume_constant_result
 def n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 

@@ -242,9 +242,8 @@ class RMSNorm(nn.Module):
         self.weight = declare(dim, dtype=rt.dtype)
 
     def forward(self, x: Tensor) -> Tensor:                                     # [..., dim]
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)      # rounded before the product, as HuggingFace does it in bf16
+        h = F.rms_norm(x, self.weight.shape, eps=self.eps)      # in fp32, then rounded to x's dtype before
+        return self.weight * h                                  # the product, as HuggingFace does it
 
 
 def yarn_mscale(factor: float, strength: float) -> float:
@@ -282,15 +281,20 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     return freqs, 1.0
 
 
+def both_angles(angles: Tensor) -> Tensor:
+    """Angles of pairs [..., r/2] -> [..., r], each as -a, a: apply_rope's sum for x0 is then that for x1."""
+    return torch.stack((-angles, angles), dim=-1).flatten(-2)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r] by cos, sin [b, s, 1, r/2], in fp32.
+    """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r], in fp32, by cos, sin [b, s, 1, r] of angles
+    -a, a: to x0 cos(-a) + x1 sin(-a) and x1 cos(a) + x0 sin(a).
 
     Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
     (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # [b, s, h, r/2] each
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)                                      # [b, s, h, r]
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                     # x1, x0, x3, x2, ...
+    return (x * cos + swapped * sin).to(x.dtype)                                # [b, s, h, r]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,13 +355,13 @@ class Step:
     """What all layers of one forward pass share."""
     positions: Tensor       # [b, s]         where the new tokens stand in their rows
     bias: Tensor            # [b, 1, s, t]   0 where a query may look (itself and its past), else -inf
-    cos: Tensor             # [b, s, 1, r/2]
-    sin: Tensor             # [b, s, 1, r/2]
+    rows: Tensor            # [b, 1]         0, 1, 2, ...
+    cos: Tensor             # [b, s, 1, r]   apply_rope's
+    sin: Tensor             # [b, s, 1, r]
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Write new [b, s, ...] into buffer [b, >= t, ...] at the new tokens' positions; return [b, t, ...]."""
-        rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]     # [b, 1]
-        buffer[rows, self.positions] = new
+        buffer[self.rows, self.positions] = new
         return buffer[:, :self.bias.shape[-1]]
 
 
@@ -379,11 +383,6 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
     slices = [torch.empty_like(x) for _ in range(tp.size)]
     dist.all_gather(slices, x.contiguous(), group=tp.group)
     return torch.cat(slices, dim=-1)
-
-
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x [..., in], w [out, in] -> x W^T [..., out]. --compile makes it a single pass over W."""
-    return kernel.matvec(x, w) if kernel.few(x) else kernel.linear(x, w)
 
 
 class Linear(nn.Module):
@@ -411,8 +410,8 @@ class Linear(nn.Module):
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
-            y = product(x, weight)
-        elif self.fp8 == "gemm":
+            return kernel.linear(x, weight, self.bias)
+        if self.fp8 == "gemm":
             y = kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
         elif kernel.few(x):
             y = kernel.matvec(x, weight, scale)
@@ -523,9 +522,10 @@ class GQA(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, h/P, d]
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
-        keys = step.store(cache[0], apply_rope(k, step.cos, step.sin))          # [b, t, g/P, d]
+        q, k = apply_rope(torch.cat([q, k], dim=2), step.cos, step.sin).split([q.shape[2], k.shape[2]], dim=2)
+        keys = step.store(cache[0], k)                                          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        q, scale = apply_rope(q, step.cos, step.sin), self.head_dim ** -0.5
+        scale = self.head_dim ** -0.5
         if kernel.can_attend_one(q, values):
             o = kernel.attend_one(q, keys, values, step.positions, scale)
         else:
@@ -585,11 +585,11 @@ class MLA(nn.Module):
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compress_q else self.wq(x)     # V3 Eq. 6-7
         q = q.unflatten(-1, (self.heads, -1))                                   # [b, s, h/P, d+r]
         q_nope, q_pe = q.split([self.d, self.r], dim=-1)
-        q_pe = apply_rope(q_pe, step.cos, step.sin)                             # V3 Eq. 8 [b, s, h/P, r]
         c_kv, k_pe = self.wkv_a(x).split([self.c, self.r], dim=-1)              # V3 Eq. 1 [b, s, c], [.., r]
         c_kv = self.kv_norm(c_kv)               # in no equation: V2 section 3.1.2 adds norms on both latents
-        k_pe = apply_rope(k_pe[:, :, None], step.cos, step.sin)[:, :, 0]        # V3 Eq. 3 [b, s, r]
-        latents = step.store(cache[0], torch.cat([c_kv, k_pe], dim=-1))         # [b, t, c+r]
+        pe = apply_rope(torch.cat([q_pe, k_pe[:, :, None]], dim=2), step.cos, step.sin)
+        q_pe, k_pe = pe.split([self.heads, 1], dim=2)                           # V3 Eq. 8, 3 [b, s, h/P, r], 1
+        latents = step.store(cache[0], torch.cat([c_kv, k_pe[:, :, 0]], dim=-1))        # [b, t, c+r]
         order = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
         o = order(q_nope, q_pe, latents, step)                                  # [b, s, h/P, v]
         return self.wo(o.flatten(2))                                            # V3 Eq. 11 [b, s, m]
@@ -667,7 +667,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. All in fp32: choices flip on rounding."""
         moe = self.moe
-        scores = product(x.float(), self.weight.float()).sigmoid()               # V3 Eq. 15 [n, e]
+        scores = kernel.linear(x.float(), self.weight.float()).sigmoid()         # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
         biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
         # V3 section 2.1.2: a group is as good as its K_r/M best experts; R1: 8 chosen from 4 groups, so 2
@@ -761,7 +761,7 @@ class Transformer(nn.Module):
         # The head stays out of FP8 and is cut along the vocabulary, like the embedding it may be tied to.
         self.head = self.embed if cfg.tie_embeddings else Embedding(cfg, rt)
         freqs, self.rope_factor = rope_frequencies(cfg.rope, cfg.rope_dim)
-        self.rope_freqs = freqs.to(rt.device)                                   # [r/2]
+        self.rope_freqs = both_angles(freqs).to(rt.device)                      # [r]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: Cache, last: int | None = None) -> Tensor:
@@ -778,7 +778,7 @@ class Transformer(nn.Module):
         return self.logits(x if last is None else x[:, -last:])                 # [b, s or last, vocab]
 
     def logits(self, x: Tensor) -> Tensor:                                      # [b, s, m] -> [b, s, vocab]
-        return all_gather(product(self.norm(x), self.head.weight), self.rt.tp).float()
+        return all_gather(kernel.linear(self.norm(x), self.head.weight), self.rt.tp).float()
 
     def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
         device = lengths.device
@@ -786,6 +786,7 @@ class Transformer(nn.Module):
         visible = torch.arange(slots, device=device) <= positions[..., None]    # [b, s, t]
         hidden = torch.full((), -math.inf, dtype=self.rt.dtype, device=device)
         bias = torch.where(visible, 0.0, hidden)                                # [b, s, t]
-        angles = (positions[..., None].float() * self.rope_freqs)[:, :, None]   # [b, s, 1, r/2]
+        angles = (positions[..., None].float() * self.rope_freqs)[:, :, None]   # [b, s, 1, r]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        return Step(positions, bias[:, None], cos, sin)
+        rows = torch.arange(len(lengths), device=device)[:, None]
+        return Step(positions, bias[:, None], rows, cos, sin)

@@ -30,7 +30,7 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
     ("llama3 scaling forgets to slow long waves", "model.py",
      "* freqs / rope.factor + keep", "* freqs + keep", "test_rope"),
     ("RoPE pairs halves instead of neighbours", "model.py",
-     "unflatten(-1, (-1, 2)).unbind(-1)", "unflatten(-1, (2, -1)).unbind(-2)", "test_model_vs_hf"),
+     "unflatten(-1, (-1, 2)).flip(-1)", "unflatten(-1, (2, -1)).flip(-2)", "test_model_vs_hf"),
     ("the latent is not normed", "model.py",
      "c_kv = self.kv_norm(c_kv)", "c_kv = c_kv", "test_model_vs_hf"),
     ("the rotary part of the query is taken from the front", "model.py",

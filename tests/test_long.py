@@ -25,7 +25,7 @@ import generate
 import memory
 from convert import load_config
 from generate import Sampling
-from model import Cache, Runtime, Shard, Transformer
+from model import Cache, Runtime, Shard, Transformer, both_angles
 
 ROOT = Path(__file__).parent.parent
 YARN = {**tiny.YARN, "original_max_position_embeddings": 4096}                  # R1's: 4,096 to 163,840
@@ -70,7 +70,7 @@ def test_logits_at_the_models_last_positions_equal_huggingface(config, tmp_path)
     model = tiny.load(tmp_path)
     assert (near - expected).abs().max() > expected.std()               # where they stand matters
     assert (far_logits(model, tokens, positions) - expected).abs().max() <= 2e-3 * expected.std()
-    model.rope_freqs = theirs.model.rotary_emb.inv_freq.clone()
+    model.rope_freqs = both_angles(theirs.model.rotary_emb.inv_freq)
     assert (far_logits(model, tokens, positions) - expected).abs().max() <= 1e-5 * expected.std()
 
 
@@ -92,7 +92,7 @@ def test_102_440_tokens_in_view_give_huggingfaces_logits(tmp_path, monkeypatch):
         expected = theirs(tokens[:, -40:], past_key_values=past, position_ids=torch.arange(n - 40, n)[None],
                           attention_mask=torch.ones(1, n, dtype=torch.int64)).logits
     model = tiny.load(tmp_path, rows=1, max_seq_len=n)
-    model.rope_freqs = theirs.model.rotary_emb.inv_freq.clone()
+    model.rope_freqs = both_angles(theirs.model.rotary_emb.inv_freq)
     cache, attention = Cache.allocate(model.cfg, model.rt), model.layers[0].attn
     with monkeypatch.context() as patch:
         patch.setattr(attention, "absorb_up_to", 0)

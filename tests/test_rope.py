@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert import config_from_hf
-from model import MLA, Config, Runtime, apply_rope, rope_frequencies, yarn_mscale
+from model import MLA, Config, Runtime, apply_rope, both_angles, rope_frequencies, yarn_mscale
 
 ROOT = Path(__file__).parent.parent
 R1 = Config.from_json(ROOT / "config_671B.json")
@@ -93,7 +93,7 @@ def test_rotation_equals_complex_multiplication_in_float64():
     rotated = torch.view_as_complex(x.double().unflatten(-1, (4, 2))) * torch.polar(
         torch.ones_like(angles).double(), angles.double())
     expected = torch.view_as_real(rotated).flatten(-2).float()
-    assert_close(apply_rope(x, angles.cos(), angles.sin()), expected, rtol=1e-5, atol=1e-6)
+    assert_close(apply_rope(x, both_angles(angles).cos(), both_angles(angles).sin()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scores_depend_on_the_distance_only():
@@ -101,7 +101,7 @@ def test_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
 
     def score(at: int, of: int) -> float:
-        turned = [apply_rope(x, (freqs * p).cos().view(1, 1, 1, -1), (freqs * p).sin().view(1, 1, 1, -1))
+        turned = [apply_rope(x, both_angles(freqs * p).cos(), both_angles(freqs * p).sin())
                   for x, p in ((q, at), (k, of))]
         return (turned[0] * turned[1]).sum().item()
 

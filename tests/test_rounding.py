@@ -13,7 +13,7 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
 import kernel
-from model import MLA, Config, Gate, RMSNorm, Runtime, Step, apply_rope
+from model import MLA, Config, Gate, RMSNorm, Runtime, Step, apply_rope, both_angles
 
 ROOT = Path(__file__).parent.parent
 TINY = Config.from_json(ROOT / "configs/tiny_moe.json")
@@ -54,7 +54,7 @@ def test_the_gate_decides_in_fp32_like_huggingfaces():
 
 
 def test_rotation_is_done_in_fp32_and_rounded_once():
-    x, angles = noise(2, 50, 4, 64).bfloat16(), 100 * noise(2, 50, 1, 32, seed=1)
+    x, angles = noise(2, 50, 4, 64).bfloat16(), both_angles(100 * noise(2, 50, 1, 32, seed=1))
     cos, sin = angles.cos(), angles.sin()
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
 
@@ -66,7 +66,7 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
     q_nope, q_pe = 8 * noise(2, 3, 4, 64).bfloat16(), 8 * noise(2, 3, 4, 64, seed=1).bfloat16()
     latents, w = noise(2, 9, 128, seed=2).bfloat16(), (noise(512, 64, seed=3) / 8).bfloat16()
     attention.wkv_b.load_state_dict({"weight": w}, assign=True)
-    step = Step(None, torch.zeros(2, 1, 3, 9).bfloat16(), None, None)
+    step = Step(None, torch.zeros(2, 1, 3, 9).bfloat16(), None, None, None)
     w_k, w_v = w.view(4, 128, 64).split(64, dim=1)
     q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_k), q_pe], dim=-1)
 
