@@ -63,6 +63,8 @@ def fuse(function: Callable, tune: bool, ranks: int) -> Callable:
     compile. That, and all that depends on a clock, stays out where ranks must choose the same experts."""
     options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True,
                "coordinate_descent_tuning": tune and ranks == 1, "deterministic": ranks > 1}
+    for fact in (kernel.device_kind, kernel.n_processors):      # the compiler cannot look into these
+        torch.compiler.assume_constant_result(fact)
     known = torch._inductor.list_options()              # 2.9 lacks two
     torch._dynamo.config.recompile_limit = 64           # kinds of layers, times sizes of batches
     return torch.compile(function, options={name: value for name, value in options.items() if name in known})

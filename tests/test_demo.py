@@ -96,12 +96,17 @@ def test_transformers_tokenizer_and_template_agree_with_ours(chat):
         assert theirs.encode(text, add_special_tokens=False) == chat.encode(messages)
 
 
-def answers(*args, ranks: int = 1) -> list[dict]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / "generate.py"), "--temperature", "0",
-                           "--max-new-tokens", "500", *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def answers(out: Path, *args, ranks: int = 1) -> list[dict]:
+    args = [*map(str, args), "--temperature", "0", "--max-new-tokens", "500", "--output-file", str(out)]
+    if ranks == 1:
+        assert generate.main(args) == 0
+    else:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+                               str(ROOT / "generate.py"), *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding="utf-8")
+    out.unlink()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_ranks_formats_and_precisions_answer_alike(tmp_path):
@@ -109,7 +114,7 @@ def test_ranks_formats_and_precisions_answer_alike(tmp_path):
     file.write_text("\n".join(QUESTIONS))
     for ranks, dtype in ((1, None), (2, None), (2, torch.bfloat16)):
         convert.convert(convert.Checkpoint(DEMO), tmp_path / f"{ranks}{dtype}", ranks, dtype)
-    run = ["--input-file", file, "--dtype", "float32"]
+    run = [tmp_path / "out.jsonl", "--input-file", file, "--dtype", "float32"]
     first = answers(*run)                                               # HuggingFace's folder, FP8, 1 process
     assert [record["finish_reason"] for record in first] == ["stop"] * len(QUESTIONS)
     assert answers(*run, ranks=2) == first
@@ -117,7 +122,7 @@ def test_ranks_formats_and_precisions_answer_alike(tmp_path):
     assert answers(*run, "--ckpt-path", tmp_path / "2None", ranks=2) == first
     boxes = [demo_task.boxes(record["answer"]) for record in first]
     for others in (answers(*run, "--ckpt-path", tmp_path / "2torch.bfloat16", ranks=2),
-                   answers("--input-file", file, "--dtype", "bfloat16"), answers(*run, "--fp8", "gemm")):
+                   answers(*run[:3], "--dtype", "bfloat16"), answers(*run, "--fp8", "gemm")):
         assert [demo_task.boxes(record["answer"]) for record in others] == boxes
 
 
