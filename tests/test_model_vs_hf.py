@@ -14,6 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA3, YARN
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from model import MoE
@@ -159,3 +160,30 @@ def test_bf16_is_as_close_to_fp32_as_huggingface_bf16_is(make, tmp_path):
     if make is tiny.deepseek:
         same = [(a == b).all(-1) for a, b in zip(routes(model, TOKENS), routes(tiny.load(tmp_path), TOKENS))]
         assert torch.cat(same).float().mean() > 0.9
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that write memory: each is a kernel on a GPU, or several. Views are free."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        self.count += not isinstance(out, torch.Tensor) or out.data_ptr() not in given or "_." in str(function)
+        return out
+
+
+@pytest.mark.parametrize("make, dense", [(tiny.qwen2, {}), (tiny.llama, {}),
+                                         (tiny.deepseek, dict(first_k_dense_replace=3))])
+def test_a_layer_launches_fewer_kernels_for_a_token_than_huggingfaces(make, dense, tmp_path):
+    """A GPU runs the eager step of a small model as fast as the host launches its kernels."""
+    counts = {}
+    for layers in (1, 2):
+        theirs = tiny.write(tmp_path, make(num_hidden_layers=layers, **dense)).bfloat16()
+        model = tiny.load(tmp_path, dtype=torch.bfloat16)
+        for name, run in (("ours", tiny.logits), ("theirs", lambda _, tokens: reference(theirs, tokens))):
+            with Launches() as launches:
+                run(model, TOKENS[:1, :1])
+            counts[name, layers] = launches.count
+    ours, theirs = (counts[name, 2] - counts[name, 1] for name in ("ours", "theirs"))
+    assert 20 < ours < 0.75 * theirs
