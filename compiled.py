@@ -25,7 +25,7 @@ from kernel import linear
 from model import Block, Cache, RMSNorm, Step, Transformer
 
 OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast",   # product and sum may be one instruction
-           "cpp.min_chunk_size": 4096}                          # numbers; less is not worth a thread
+           "cpp.min_chunk_size": 4096}                          # numbers that are worth a thread
 
 
 class Part(nn.Module):

@@ -170,22 +170,20 @@ def stored(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a single
-    pass over W; where fp32 is faster, it is `matmul`, but with W converted 4 MB at a time."""
-    rows = x.shape[:-1].numel()
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]. Compiled for a few x, it is a single pass over W;
+    where fp32 is faster, and x are more than 4, it is `matmul`, but with W converted 4 MB at a time."""
     if few(x):
-        y = matvec(x, w)
-    elif rows <= 4 or not fp32_is_faster(x):    # so few rows wait for W, either way
-        return F.linear(x, w, bias)
+        return matvec(x, w)
+    rows = x.shape[:-1].numel()
+    if rows <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
+        return F.linear(x, w)
+    x32, parts = x.float().flatten(0, -2), w.chunk(1 + w.numel() // 2 ** 20)
+    if rows <= 256:                             # W x^T: BLAS is faster with the longer side on the left
+        y = torch.cat([(part.float() @ x32.T).to(x.dtype) for part in parts]).T.contiguous()
     else:
-        x32, parts = x.float().flatten(0, -2), w.chunk(1 + w.numel() // 2 ** 20)
-        if rows <= 256:                         # W x^T: BLAS is faster with the longer side on the left
-            y = torch.cat([(part.float() @ x32.T).to(x.dtype) for part in parts]).T.contiguous()
-        else:
-            y = torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
-        y = y.unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
+        y = torch.cat([(x32 @ part.float().T).to(x.dtype) for part in parts], dim=-1)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
 
 
 def both_angles(angles: Tensor) -> Tensor:
-    """Angles of pairs [..., r/2] -> [..., r], each as -a, a: apply_rope's sum for x0 is then that for x1."""
+    """[..., r/2] -> [..., r]: the angle a of a pair as -a, a, so that one sum in apply_rope rotates both."""
     return torch.stack((-angles, angles), dim=-1).flatten(-2)
 
 
@@ -355,7 +355,7 @@ class Step:
     """What all layers of one forward pass share."""
     positions: Tensor       # [b, s]         where the new tokens stand in their rows
     bias: Tensor            # [b, 1, s, t]   0 where a query may look (itself and its past), else -inf
-    rows: Tensor            # [b, 1]         0, 1, 2, ...
+    rows: Tensor            # [b, 1]         0, 1, 2, ...: the sequences' rows in the buffers
     cos: Tensor             # [b, s, 1, r]   apply_rope's
     sin: Tensor             # [b, s, 1, r]
 
@@ -410,8 +410,8 @@ class Linear(nn.Module):
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
-            return kernel.linear(x, weight, self.bias)
-        if self.fp8 == "gemm":
+            y = kernel.linear(x, weight)
+        elif self.fp8 == "gemm":
             y = kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
         elif kernel.few(x):
             y = kernel.matvec(x, weight, scale)
@@ -588,7 +588,7 @@ class MLA(nn.Module):
         c_kv, k_pe = self.wkv_a(x).split([self.c, self.r], dim=-1)              # V3 Eq. 1 [b, s, c], [.., r]
         c_kv = self.kv_norm(c_kv)               # in no equation: V2 section 3.1.2 adds norms on both latents
         pe = apply_rope(torch.cat([q_pe, k_pe[:, :, None]], dim=2), step.cos, step.sin)
-        q_pe, k_pe = pe.split([self.heads, 1], dim=2)                           # V3 Eq. 8, 3 [b, s, h/P, r], 1
+        q_pe, k_pe = pe.split([self.heads, 1], dim=2)       # V3 Eq. 8, 3 [b, s, h/P, r], [b, s, 1, r]
         latents = step.store(cache[0], torch.cat([c_kv, k_pe[:, :, 0]], dim=-1))        # [b, t, c+r]
         order = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
         o = order(q_nope, q_pe, latents, step)                                  # [b, s, h/P, v]

@@ -93,7 +93,8 @@ def test_rotation_equals_complex_multiplication_in_float64():
     rotated = torch.view_as_complex(x.double().unflatten(-1, (4, 2))) * torch.polar(
         torch.ones_like(angles).double(), angles.double())
     expected = torch.view_as_real(rotated).flatten(-2).float()
-    assert_close(apply_rope(x, both_angles(angles).cos(), both_angles(angles).sin()), expected, rtol=1e-5, atol=1e-6)
+    angles = both_angles(angles)
+    assert_close(apply_rope(x, angles.cos(), angles.sin()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scores_depend_on_the_distance_only():
