@@ -24,8 +24,7 @@ from tqdm import tqdm
 from kernel import linear
 from model import Block, Cache, RMSNorm, Step, Transformer
 
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast",   # product and sum may be one instruction
-           "cpp.min_chunk_size": 4096}                          # numbers that are worth a thread
+OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and sum may be one instruction
 
 
 class Part(nn.Module):
@@ -60,7 +59,7 @@ def parts_of(model: Transformer, rows: int) -> list[Part]:
     x, now = torch.empty(rows, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache.lengths, 256)
     parts = []
     for block, buffers in zip(model.layers, cache.layers):
-        inputs = [x, now.positions, now.bias, now.rows, now.cos, now.sin, *buffers]
+        inputs = [x, *vars(now).values(), *buffers]
         open_axes = {2: {3: "slots"}} | {i: {1: "room"} for i in range(6, len(inputs))}
         parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, open_axes))
     weights = {"norm": model.norm.weight, "head": model.head.weight}
@@ -89,7 +88,7 @@ def compile_forward(model: Transformer, cache: Cache) -> Callable:
     def forward(tokens: Tensor, slots: int) -> Tensor:
         x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
         for (run, weights), buffers in zip(calls, cache.layers):
-            x, = run([x, now.positions, now.bias, now.rows, now.cos, now.sin, *buffers, *weights])
+            x, = run([x, *vars(now).values(), *buffers, *weights])
         cache.lengths += 1
         run, weights = calls[-1]
         return run([x, *weights])[0]

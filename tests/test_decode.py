@@ -106,7 +106,7 @@ def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, rows, t
     assert sorted((tmp_path / "deepseek-r1").iterdir()) == sorted(built)
 
 
-@pytest.mark.parametrize("n, k", [(256, 512), (300, 200), (64, 8960), (7, 4100)])
+@pytest.mark.parametrize("n, k", [(256, 512), (48, 256), (300, 200), (64, 8960), (7, 4100)])
 def test_multiply_and_sum_is_the_product(n, k):
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(2, k, generator=generator), torch.randn(3, n, k, generator=generator)
