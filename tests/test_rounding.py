@@ -86,12 +86,12 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
         assert ((result - exact).norm() <= 2 ** -8 * exact.norm()) == close
 
 
-@pytest.mark.parametrize("rows", [5, 300])
-def test_bf16_multiplied_in_fp32_is_rounded_once(rows, monkeypatch):
+@pytest.mark.parametrize("rows, n, k", [(5, 3001, 701), (300, 3001, 701), (300, 601, 4101)])
+def test_bf16_multiplied_in_fp32_is_rounded_once(rows, n, k, monkeypatch):
     """As on a CPU without bf16 instructions. W has three parts, the last of them shorter. Rounding to bf16
     costs at most 2^-8 of the result, a sum of k products in fp32 k * 2^-24 of the sum of their sizes."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
-    x, w = noise(rows, 701).bfloat16(), noise(3001, 701, seed=1).bfloat16()
+    x, w = noise(rows, k).bfloat16(), noise(n, k, seed=1).bfloat16()
     batch, right = noise(3, rows, 64, seed=2).bfloat16(), noise(3, 64, 50, seed=3).bfloat16()
     for result, a, b in ((kernel.linear(x, w), x, w.T), (kernel.matmul(batch, right), batch, right)):
         a, b = a.double(), b.double()
