@@ -467,14 +467,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
         return attend_fused(q, k, v, bias, scale)
     if q.shape[1] == k.shape[1] and kernel.fp32_is_faster(q):       # the kernel wants values as long as keys
         longer = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        return attend_fused(q, k, longer, bias, scale)[..., :v.shape[-1]]
+        o = attend_fused(q.float(), k.float(), longer.float(), bias, scale)
+        return o[..., :v.shape[-1]].to(q.dtype)
     heads = zip(q.unbind(2), k.unbind(2), v.unbind(2))
     return torch.cat([attend_head(*head, bias, scale) for head in heads], dim=2)
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
-    then the mask is a plain triangle, which the kernel knows without reading it, and half of which it skips."""
+    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty: then
+    the mask is a plain triangle, which the fastest kernel knows without reading it; what it hides is skipped."""
     first = q.shape[1] == k.shape[1]
     if q.shape[3] > 1:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
@@ -487,8 +488,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
 def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` for the queries [b, s, h/g, d] of one key/value head [b, t, d], [b, t, v], on a CPU.
 
-    Written out, because with a mask PyTorch's kernel is slower; where the CPU multiplies bf16, always.
-    Queries go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
+    Written out, because PyTorch's kernel is slower with a mask, and with bf16 products in any case. Queries go
+    in blocks, so that scores take little memory, and leave out keys that all of a block mask.
     """
     dtype, s, t = q.dtype, q.shape[1], k.shape[1]
     q, k, v = q.float(), k.float(), v.contiguous()

@@ -78,8 +78,8 @@ LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_r
 
 
 @pytest.mark.parametrize("config, chunk, dtype", [
-    (DENSE, 2048, torch.float32), (LATENT, 128, torch.float32), (LATENT, 128, torch.bfloat16)],
-    ids=["dense", "absorbed", "absorbed bf16"])
+    (DENSE, 2048, torch.float32), (LATENT, 4096, torch.bfloat16), (LATENT, 128, torch.float32),
+    (LATENT, 128, torch.bfloat16)], ids=["dense", "expanded bf16 in one chunk", "absorbed", "absorbed bf16"])
 def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path, monkeypatch):
     """bf16 as on a CPU that multiplies in fp32, which takes copies."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
