@@ -474,8 +474,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty: then
-    the mask is a plain triangle, which the fastest kernel knows without reading it; what it hides is skipped."""
+    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
+    then the mask is a plain triangle, which the fastest kernel knows unread, and whose half it skips."""
     first = q.shape[1] == k.shape[1]
     if q.shape[3] > 1:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
@@ -488,8 +488,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
 def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` for the queries [b, s, h/g, d] of one key/value head [b, t, d], [b, t, v], on a CPU.
 
-    Written out, because PyTorch's kernel is slower with a mask, and with bf16 products in any case. Queries go
-    in blocks, so that scores take little memory, and leave out keys that all of a block mask.
+    Written out, because PyTorch's kernel is slower with a mask, and with bf16 products in any case. Queries
+    go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
     """
     dtype, s, t = q.dtype, q.shape[1], k.shape[1]
     q, k, v = q.float(), k.float(), v.contiguous()
