@@ -172,16 +172,17 @@ def stored(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]. Compiled for a few x, it is a single pass over W;
-    where fp32 is faster, and x are more than 4, it is `matmul`, but with W converted 16 MB at a time."""
+    where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W converted at a time."""
     if few(x):
         return matvec(x, w)
     rows = x.shape[:-1].numel()
     if rows <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
         return F.linear(x, w)
     x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
-    size = 1024 if w.shape[1] <= 4096 else 256
-    for part, out in zip(w.split(size), y.split(size, dim=1)):      # W x^T for few rows: BLAS is faster with
-        out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)    # the longer side left
+    size = 1024 if w.shape[1] <= 4096 else 256              # in fp32 up to 16 MB, for Llama-70B 29 MB
+    for part, out in zip(w.split(size), y.split(size, dim=1)):
+        # for few rows W x^T, as BLAS is faster with the longer side on the left
+        out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)
     return y.unflatten(0, x.shape[:-1])
 
 

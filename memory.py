@@ -94,7 +94,7 @@ def activations(model: Transformer, rt: Runtime) -> int:
         qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         projected, expanded = s * qk * (4 * heads + 4 * groups), 0
     # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores;
-    # or of a first chunk all heads' queries, keys, values and results in fp32, and one in the run's dtype
+    # or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one more copy
     scores = min(min(512, s * heads // groups) * t, 2 ** 23)
     block = (4 * qk * (t + s * heads // groups) + scores * (size + 8)) // size + t * v
     triangle = s * heads * qk * 5 * 4 // size if kernel.fp32_is_faster(rt) else 0

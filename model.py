@@ -465,9 +465,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
         return o.flatten(1, 2)[:, None]
     if q.device.type != "cpu":
         return attend_fused(q, k, v, bias, scale)
-    if q.shape[1] == k.shape[1] and kernel.fp32_is_faster(q):       # the kernel wants values as long as keys
-        longer = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        o = attend_fused(q.float(), k.float(), longer.float(), bias, scale)
+    if q.shape[1] == k.shape[1] and kernel.fp32_is_faster(q):       # a first chunk: half of it is masked
+        padded = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))   # the fastest kernel wants v = d
+        o = attend_fused(q.float(), k.float(), padded.float(), bias, scale)
         return o[..., :v.shape[-1]].to(q.dtype)
     heads = zip(q.unbind(2), k.unbind(2), v.unbind(2))
     return torch.cat([attend_head(*head, bias, scale) for head in heads], dim=2)
@@ -475,7 +475,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
-    then the mask is a plain triangle, which the fastest kernel knows unread, and whose half it skips."""
+    then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
     first = q.shape[1] == k.shape[1]
     if q.shape[3] > 1:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
@@ -488,8 +488,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
 def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` for the queries [b, s, h/g, d] of one key/value head [b, t, d], [b, t, v], on a CPU.
 
-    Written out, because PyTorch's kernel is slower with a mask, and with bf16 products in any case. Queries
-    go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
+    Written out, because PyTorch's kernel is slower where it reads a mask, and where CPUs multiply bf16.
+    Queries go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
     """
     dtype, s, t = q.dtype, q.shape[1], k.shape[1]
     q, k, v = q.float(), k.float(), v.contiguous()

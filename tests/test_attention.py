@@ -45,7 +45,7 @@ def test_absorbed_equals_expanded(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8)])
-@pytest.mark.parametrize("heads, groups, d, v", [(6, 2, 64, 64), (3, 3, 48, 32)])
+@pytest.mark.parametrize("heads, groups, d, v", [(6, 2, 64, 64), (3, 3, 48, 32), (2, 2, 32, 48)])
 @pytest.mark.parametrize("s, t", [(1, 400), (2, 70), (300, 300), (600, 750)])
 def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, monkeypatch):
     """In float64. Rows stand at t - s and, if there is room, 20 tokens before that. In bf16 weights and result
