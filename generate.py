@@ -443,6 +443,7 @@ class Job:
     max_new_tokens: int
     max_seq_len: int
     rows: int = 1
+    fp8: str = Runtime.fp8
     prompts: list[list[int]] = field(default_factory=list)      # empty when interactive
     wanted: list[tuple[int, int]] = field(default_factory=list) # (prompt, sample) that are still to be made
     think: ThinkBudget | None = None
@@ -506,9 +507,9 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
     rt = runtime(args, cfg, ranks, max(1, min(args.batch_size or BATCH, len(wanted))), max_seq_len)
-    rt = fit(args, cfg, rt, room)
+    rt = convert_once(args, cfg, fit(args, cfg, rt, room), room)
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt.max_seq_len, rt.rows,
-              prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
+              rt.fp8, prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
     return job, results
 
 
@@ -550,6 +551,15 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runt
                      f"what fits: {' or '.join(fits) or 'nothing, on so few ranks'}")
 
 
+def convert_once(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
+    """rt, in which FP8 weights that were to be converted for each product are converted at load, if the user
+    left that open and it takes at most half of the `room`. Compiled steps need no conversion."""
+    once = replace(rt, fp8="bf16")
+    if not cfg.fp8 or args.fp8 != "auto" or rt.fp8 != "dequant" or rt.compile:
+        return rt
+    return once if memory.plan(cfg, once).total <= room / 2 else rt
+
+
 def think_budget(args: argparse.Namespace, tokenizer: Tokenizer) -> ThinkBudget | None:
     if args.think_budget is None:
         return None
@@ -589,7 +599,8 @@ def make_parser() -> Parser:
     parser.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
                         help="FP8 weights: quantise activations, too (gemm), or multiply in --dtype, weights "
                              "converted for each product (dequant) or once (bf16: --dtype's memory); auto: "
-                             "gemm on GPUs with FP8 tensor cores, else dequant")
+                             "gemm on GPUs with FP8 tensor cores, else bf16 if that leaves half of the "
+                             "memory free and --compile is not there, else dequant")
     parser.add_argument("--compile", action="store_true",
                         help="faster tokens, once compiled (a minute): C++ code on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -680,7 +691,7 @@ def run(args: argparse.Namespace) -> int:
             lambda: prepare(args, checkpoint, ranks, room) if first else (None, None, [], None))
         job = ranks.share(job)
         introduce(checkpoint, ranks)
-        rt = runtime(args, checkpoint.cfg, ranks, job.rows, job.max_seq_len)
+        rt = replace(runtime(args, checkpoint.cfg, ranks, job.rows, job.max_seq_len), fp8=job.fp8)
         model = ranks.together(lambda: load_model(checkpoint, rt))
         precompile(model)
     except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ at position 163,840 that bit is an angle of up to 3e-4. Both are 1.7e-3 off the 
 """
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -220,6 +221,18 @@ def test_what_the_user_left_open_is_made_to_fit(start, folder):
     assert start(100, "--interactive", "--max-seq-len", 40_960)[0] == 2
     assert start(15, "--interactive")[0] == 2                       # not even a short one
     assert start(1e6, "--interactive", "--prefill-chunk", 77)[0].prefill_chunk == 77
+
+
+def test_fp8_weights_are_converted_once_if_that_leaves_half_of_the_memory(start, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tiny.quantise(tmp_path)
+    args = ["--ckpt-path", tmp_path, "--prompt", "hi", "--device", "cpu"]
+    rt, _ = start(1e6, *args)
+    mib = memory.plan(load_config(tmp_path / "config.json"), rt).total / 2 ** 20
+    assert rt.fp8 == "bf16" and start(2 * mib + 1, *args)[0] == rt
+    assert start(2 * mib - 1, *args)[0] == replace(rt, fp8="dequant")
+    for told, mode in (["--fp8", "dequant"], "dequant"), (["--fp8", "gemm"], "gemm"), (["--compile"], "dequant"):
+        assert start(1e6, *args, *told)[0].fp8 == mode
 
 
 def test_weights_that_stay_a_mapped_file_need_no_memory_of_their_own(start, tmp_path):
