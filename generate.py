@@ -553,7 +553,7 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runt
 
 def convert_once(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
     """rt, in which FP8 weights that were to be converted for each product are converted at load, if the user
-    left that open and it takes at most half of the `room`. Compiled steps need no conversion."""
+    left that open and it takes at most half of the `room`. Compiled steps of one row read FP8 as it is."""
     once = replace(rt, fp8="bf16")
     if not cfg.fp8 or args.fp8 != "auto" or rt.fp8 != "dequant" or rt.compile:
         return rt

@@ -49,7 +49,8 @@ def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeyp
     test_gpu.py, not here, but must get whole buffers: a compiler's copy of a part has other strides."""
     def fuse(function, tune, ranks):
         def layer(block, x, step, cache):
-            assert all(buffer.nbytes == buffer.untyped_storage().nbytes() for buffer in cache)
+            assert all(buffer.shape[1] == 600 for buffer in cache)      # whole, in a GPU's order or a CPU's:
+            assert all(buffer.is_contiguous() or buffer.transpose(1, 2).is_contiguous() for buffer in cache)
             assert step.positions.max() < step.bias.shape[-1]           # the new token has a slot of its own
             return function(block, x, step, cache)
         return layer if function is Block.forward else function
