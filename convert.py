@@ -404,7 +404,7 @@ def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
     del state, tensor                                   # what is dequantised now must not stay there twice
     for name, module in model.named_modules():
         if name.endswith(".wkv_b") or rt.fp8 == "bf16" and isinstance(module, Linear):
-            module.dequantise(rt.dtype)                 # MLA uses wkv_b head by head, never as one GEMM
+            module.dequantise(rt.dtype)                 # absorbed MLA uses wkv_b head by head
     return model.eval()
 
 
@@ -429,8 +429,9 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
         raise ValueError(f"{out}: a file; --save-path must be a folder")
     cfg = checkpoint.cfg if dtype is None else replace(checkpoint.cfg, fp8=False, dtype="bfloat16")
     if ranks not in (legal := cfg.legal_ranks()):
+        bf16 = f"; with --dtype bf16 over {ranks}, too" * (ranks in replace(cfg, fp8=False).legal_ranks())
         raise ValueError(f"--model-parallel is {ranks}; this model can be cut over "
-                         f"{', '.join(map(str, legal))}")
+                         f"{', '.join(map(str, legal))}{bf16}")
     source, shards = fingerprint(checkpoint), [Shard(rank, ranks) for rank in range(ranks)]
     files = [RankFile.lay_out(out, tp, plan_rank(checkpoint, cfg, tp, dtype), source) for tp in shards]
     manifest = {"model_parallel": ranks, "source": source,

@@ -585,13 +585,13 @@ def make_parser() -> Parser:
     parser.add_argument("--num-samples", type=int, default=1, metavar="K",
                         help="completions of each prompt (%(default)s)")
     parser.add_argument("--batch-size", type=int,
-                        help=f"that run together (default: {BATCH}, or as many as memory holds)")
+                        help=f"completions that run together (default: {BATCH}, or as many as memory holds)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the --output-file of a run that was interrupted")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="per answer (%(default)s)")
     parser.add_argument("--max-seq-len", type=int,
                         help="tokens of prompt and answer together (default: what is needed, up to the "
-                             f"model's context; interactive: {CONVERSATION})")
+                             f"model's context; interactive: up to {CONVERSATION})")
     parser.add_argument("--prefill-chunk", type=int, default=Runtime.prefill_chunk, metavar="N",
                         help="prompt tokens per forward pass; fewer take less memory (%(default)s)")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
@@ -603,7 +603,8 @@ def make_parser() -> Parser:
                              "memory free and --compile is not there, else dequant")
     parser.add_argument("--compile", action="store_true",
                         help="faster tokens, once compiled (a minute): C++ code on a CPU, CUDA graphs on a GPU")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                        help="auto: the GPU, if there is one")
     return parser
 
 
@@ -620,7 +621,8 @@ def add_sampling(parser: Parser) -> None:
                         help=r"add R1's directive for mathematics: the answer in \boxed{}")
     parser.add_argument("--allow-system", action="store_true",
                         help="keep system messages, which R1 was not made for, out of the user's turn")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95,
+                        help="draw from the likeliest tokens that have this much probability (%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
 
 
@@ -697,7 +699,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     if chat:
-        print(f"{str(rt.dtype)[6:]} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
+        fp8 = f" (FP8 weights: {rt.fp8})" * checkpoint.cfg.fp8
+        print(f"{str(rt.dtype)[6:]}{fp8} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
     try:
         if args.input_file:
@@ -746,7 +749,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print("\ninterrupted" + "; --resume goes on from what is done" * bool(args.output_file), file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it

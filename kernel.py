@@ -11,12 +11,14 @@ A product of blocks k of A and W is then s_a[k] * s_w[k] * (q_a[k] . q_w[k]): th
 FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32
 (V3 Fig. 7).
 
-Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 the one place that decides what runs
-instead; 3 Triton kernels, and the launches that call them; 4 a kernel for attention when tokens are decoded.
-Kernels exist only where Triton is installed.
+Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 products that are not FP8 by FP8, and
+how CPUs get them fast; 3 the one place that decides what runs instead of 1; 4 Triton kernels, and the launches
+that call them; 5 a kernel for attention when tokens are decoded. Kernels exist only where Triton is installed.
 
-What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself.
-Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts.
+What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
+also wkv_b, which absorbed attention uses in two parts, head by head.
+Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts
+(section 5 has model.py's).
 """
 import functools
 import math
@@ -106,6 +108,91 @@ def widen(q: Tensor) -> Tensor:
     """
     bits = (q.view(torch.int8).to(torch.int16) << 7) & ~0x4000
     return (bits | (bits + 0x80) & 0x4000).view(torch.float16).float() * 256
+
+
+def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """y = A W^T on FP8 operands, every 128-channel partial sum promoted to fp32 (V3 section 3.3.2).
+
+    a [..., k] e4m3, a_scale [..., kb] fp32 (act_quant); w [n, k] e4m3, w_scale [nb, kb] fp32 (weight_quant)
+    -> y [..., n] of `dtype`. Products of e4m3 numbers are exact in fp32, so this is the definition, not a
+    model of it. Hopper's tensor cores keep about 14 bits of a sum, hence the promotion (V3 section 3.5.2).
+    """
+    check_scale(w, w_scale)
+    if path(a.device) == "triton":
+        rows, scales = (t.reshape(-1, t.shape[-1]) for t in (a, a_scale))       # [m, k], [m, kb]
+        launch = _launch_scaled_mm if scaled_mm_wins(len(rows), w, dtype) else _launch_gemm
+        return launch(rows, scales, w, w_scale, dtype).view(*a.shape[:-1], len(w))
+    y = torch.zeros(*a.shape[:-1], w.shape[0], dtype=torch.float32, device=a.device)
+    for i in range(w_scale.shape[1]):
+        k = slice(i * BLOCK, (i + 1) * BLOCK)
+        partial = widen(a[..., k]) @ widen(w[:, k]).T                           # [..., n]
+        w_row = w_scale[:, i].repeat_interleave(BLOCK)[:w.shape[0]]             # [n]
+        y += partial * (a_scale[..., i, None] * w_row)
+    return y.to(dtype)
+
+
+class Groups(NamedTuple):
+    """Which token goes to which expert, and the tiles of tokens in which a GPU works that off."""
+    ids: Tensor         # [s] expert of slot i; a token has s / m neighbouring slots
+    order: Tensor       # [s] slots, those of a tile next to each other
+    expert: Tensor      # [t] expert of each tile; e: a tile that is not needed
+    first: Tensor       # [t] a tile covers order[first:stop]
+    stop: Tensor        # [t]
+
+
+def group(ids: Tensor, n_experts: int) -> Groups:
+    """Plan grouped_fp8_gemm for ids [m, k] int64, the experts of each token.
+
+    Only shapes are known to the host, so the plan has as many tiles as the worst distribution needs, and
+    nothing waits for the device.
+    """
+    m, ids = len(ids), ids.flatten()
+    if m == 1:                                                  # a token's experts differ: a tile for each
+        slot = torch.arange(len(ids), device=ids.device)
+        return Groups(ids, slot, ids, slot, slot + 1)
+    rows = tile_for(len(ids) // n_experts).tokens
+    count = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
+    count.scatter_add_(0, ids, torch.ones_like(ids))            # not bincount, which waits for the device
+    n_tiles = (count + rows - 1) // rows                                        # [e]
+    stop, last = count.cumsum(0), n_tiles.cumsum(0)                             # [e] in slots, in tiles
+    tile = torch.arange(min(len(ids), n_experts) + len(ids) // rows, device=ids.device)         # [t]
+    expert = torch.searchsorted(last, tile, right=True)
+    e = expert.clamp(max=n_experts - 1)
+    first = stop[e] - count[e] + (tile - last[e] + n_tiles[e]) * rows
+    return Groups(ids, ids.argsort(stable=True), expert, first, torch.minimum(first + rows, stop[e]))
+
+
+def grouped_fp8_gemm(a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor], groups: Groups,
+                     dtype: torch.dtype) -> list[Tensor]:
+    """fp8_gemm for all experts of an MoE layer in one launch: slot i has y[i] = A[token of i] W[ids[i]]^T.
+
+    a [m, k] e4m3 and a_scale [m, kb], of tokens or, with m = s, of slots; one or two stacks of weights of one
+    shape [e, n, k] (w1 and w3 read the same activations) with scales [e, nb, kb] -> for each stack y [s, n].
+    """
+    for w, scale in zip(weights, scales):
+        check_scale(w, scale)
+    if path(a.device) == "triton":
+        return _launch_grouped(a, a_scale, weights, scales, groups, dtype)
+    outputs = [torch.empty(len(groups.ids), w.shape[1], dtype=dtype, device=a.device) for w in weights]
+    for expert in groups.ids.unique().tolist():
+        slots = torch.where(groups.ids == expert)[0]
+        tokens = slots // (len(groups.ids) // len(a))
+        for y, w, scale in zip(outputs, weights, scales):
+            y[slots] = fp8_gemm(a[tokens], a_scale[tokens], w[expert], scale[expert], dtype)
+    return outputs
+
+
+def check_scale(w: Tensor, scale: Tensor) -> None:
+    """ValueError unless w [..., n, k] is e4m3 and scale [..., nb, kb] fp32: else wrong blocks were scaled."""
+    expected = [*w.shape[:-2], *(n_blocks(size) for size in w.shape[-2:])]
+    if w.dtype != FP8 or scale.dtype != torch.float32 or list(scale.shape) != expected:
+        raise ValueError(f"an e4m3 weight {list(w.shape)} needs an fp32 scale {expected}; "
+                         f"got a {w.dtype} weight and a {scale.dtype} scale {list(scale.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Products that are not FP8 by FP8. `linear` and `matmul` are F.linear and @, but where a CPU would be slow:
+# there `matvec` is compiled to one pass over the weights, and bf16 is multiplied in fp32.
 
 
 def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
@@ -211,88 +298,8 @@ def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         settings.fp32_precision = before
 
 
-def fp8_gemm(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y = A W^T on FP8 operands, every 128-channel partial sum promoted to fp32 (V3 section 3.3.2).
-
-    a [..., k] e4m3, a_scale [..., kb] fp32 (act_quant); w [n, k] e4m3, w_scale [nb, kb] fp32 (weight_quant)
-    -> y [..., n] of `dtype`. Products of e4m3 numbers are exact in fp32, so this is the definition, not a
-    model of it. Hopper's tensor cores keep about 14 bits of a sum, hence the promotion (V3 section 3.5.2).
-    """
-    check_scale(w, w_scale)
-    if path(a.device) == "triton":
-        rows, scales = (t.reshape(-1, t.shape[-1]) for t in (a, a_scale))       # [m, k], [m, kb]
-        launch = _launch_scaled_mm if scaled_mm_wins(len(rows), w, dtype) else _launch_gemm
-        return launch(rows, scales, w, w_scale, dtype).view(*a.shape[:-1], len(w))
-    y = torch.zeros(*a.shape[:-1], w.shape[0], dtype=torch.float32, device=a.device)
-    for i in range(w_scale.shape[1]):
-        k = slice(i * BLOCK, (i + 1) * BLOCK)
-        partial = widen(a[..., k]) @ widen(w[:, k]).T                           # [..., n]
-        w_row = w_scale[:, i].repeat_interleave(BLOCK)[:w.shape[0]]             # [n]
-        y += partial * (a_scale[..., i, None] * w_row)
-    return y.to(dtype)
-
-
-class Groups(NamedTuple):
-    """Which token goes to which expert, and the tiles of tokens in which a GPU works that off."""
-    ids: Tensor         # [s] expert of slot i; a token has s / m neighbouring slots
-    order: Tensor       # [s] slots, those of a tile next to each other
-    expert: Tensor      # [t] expert of each tile; e: a tile that is not needed
-    first: Tensor       # [t] a tile covers order[first:stop]
-    stop: Tensor        # [t]
-
-
-def group(ids: Tensor, n_experts: int) -> Groups:
-    """Plan grouped_fp8_gemm for ids [m, k] int64, the experts of each token.
-
-    Only shapes are known to the host, so the plan has as many tiles as the worst distribution needs, and
-    nothing waits for the device.
-    """
-    m, ids = len(ids), ids.flatten()
-    if m == 1:                                                  # a token's experts differ: a tile for each
-        slot = torch.arange(len(ids), device=ids.device)
-        return Groups(ids, slot, ids, slot, slot + 1)
-    rows = tile_for(len(ids) // n_experts).tokens
-    count = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
-    count.scatter_add_(0, ids, torch.ones_like(ids))            # not bincount, which waits for the device
-    n_tiles = (count + rows - 1) // rows                                        # [e]
-    stop, last = count.cumsum(0), n_tiles.cumsum(0)                             # [e] in slots, in tiles
-    tile = torch.arange(min(len(ids), n_experts) + len(ids) // rows, device=ids.device)         # [t]
-    expert = torch.searchsorted(last, tile, right=True)
-    e = expert.clamp(max=n_experts - 1)
-    first = stop[e] - count[e] + (tile - last[e] + n_tiles[e]) * rows
-    return Groups(ids, ids.argsort(stable=True), expert, first, torch.minimum(first + rows, stop[e]))
-
-
-def grouped_fp8_gemm(a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor], groups: Groups,
-                     dtype: torch.dtype) -> list[Tensor]:
-    """fp8_gemm for all experts of an MoE layer in one launch: slot i has y[i] = A[token of i] W[ids[i]]^T.
-
-    a [m, k] e4m3 and a_scale [m, kb], of tokens or, with m = s, of slots; one or two stacks of weights of one
-    shape [e, n, k] (w1 and w3 read the same activations) with scales [e, nb, kb] -> for each stack y [s, n].
-    """
-    for w, scale in zip(weights, scales):
-        check_scale(w, scale)
-    if path(a.device) == "triton":
-        return _launch_grouped(a, a_scale, weights, scales, groups, dtype)
-    outputs = [torch.empty(len(groups.ids), w.shape[1], dtype=dtype, device=a.device) for w in weights]
-    for expert in groups.ids.unique().tolist():
-        slots = torch.where(groups.ids == expert)[0]
-        tokens = slots // (len(groups.ids) // len(a))
-        for y, w, scale in zip(outputs, weights, scales):
-            y[slots] = fp8_gemm(a[tokens], a_scale[tokens], w[expert], scale[expert], dtype)
-    return outputs
-
-
-def check_scale(w: Tensor, scale: Tensor) -> None:
-    """ValueError unless w [..., n, k] is e4m3 and scale [..., nb, kb] fp32: else wrong blocks were scaled."""
-    expected = [*w.shape[:-2], *(n_blocks(size) for size in w.shape[-2:])]
-    if w.dtype != FP8 or scale.dtype != torch.float32 or list(scale.shape) != expected:
-        raise ValueError(f"an e4m3 weight {list(w.shape)} needs an fp32 scale {expected}; "
-                         f"got a {w.dtype} weight and a {scale.dtype} scale {list(scale.shape)}")
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 2. What runs where: decided here, by capability. FP8_PATH=torch, triton or scaled_mm overrules it, where the
+# 3. What runs where: decided here, by capability. FP8_PATH=torch, triton or scaled_mm overrules it, where the
 # device is able to.
 
 FORCED = os.environ.get("FP8_PATH")
@@ -338,7 +345,7 @@ def scaled_mm_wins(m: int, w: Tensor, dtype: torch.dtype) -> bool:
 
 
 def default_mode(device: torch.device) -> str:
-    """`--fp8 auto`: FP8 activations where tensor cores multiply e4m3, weights dequantised where none do."""
+    """FP8 activations where tensor cores multiply e4m3, weights dequantised where none do (README: FP8)."""
     return "gemm" if path(device) == "triton" else "dequant"
 
 
@@ -376,7 +383,7 @@ def n_splits(tiles: int, kb: int, device: torch.device) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Triton
+# 4. Triton
 
 if triton:
     @triton.jit(do_not_specialize=["m", "m_stride"])
@@ -552,7 +559,7 @@ def _launch_grouped(a: Tensor, a_scale: Tensor, weights: list[Tensor],
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Attention of a decode step on GPUs (flash decoding): the one kernel here that has nothing to do with FP8
+# 5. Attention of a decode step on GPUs (flash decoding): the one kernel here that has nothing to do with FP8
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:

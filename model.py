@@ -257,7 +257,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     The config decides, never the length of the run: R1 was trained with YaRN, so short prompts need it, too.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    freqs = 1.0 / rope.theta ** exponent                                        # [r/2] from 1 down to 1/theta
+    freqs = 1.0 / rope.theta ** exponent                                        # [r/2] from 1 to nearly 1/theta
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / freqs
         low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -381,7 +381,7 @@ def all_reduce(x: Tensor, tp: Shard) -> Tensor:
 
 
 def all_gather(x: Tensor, tp: Shard) -> Tensor:
-    """Join the ranks' slices of the last axis: [..., v/P] -> [..., v]."""
+    """Join the ranks' slices of the last axis: [..., vocab/P] -> [..., vocab]."""
     if tp.size == 1:
         return x
     slices = [torch.empty_like(x) for _ in range(tp.size)]
@@ -455,14 +455,14 @@ class Embedding(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T + bias) v: q [b, s, h, d], k [b, t, g, d], v [b, t, g, v] -> [b, s, h, v].
 
-    Query head i uses key/value head i // (h/g). Three ways to the same result, each the fastest in its place,
-    next to kernel.attend_one.
+    Query head i uses key/value head i // (h/g). Several ways to one result, each the fastest in its place; on
+    GPUs, decoding has one of its own, kernel.attend_one.
     """
     q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
         if torch.compiler.is_compiling() and q.device.type == "cpu" and not kernel.fp32_is_faster(q):
-            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # [b, g, h/g, t]
+            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # keys times q^T [b, g, h/g, t]
             o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
         else:
             o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
@@ -634,7 +634,7 @@ class MLA(nn.Module):
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head."""
-        self.wkv_b.dequantise(dtype)            # once: convert.load_model has done it already
+        self.wkv_b.dequantise(dtype)            # nothing is left to do after convert.load_model
         return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
 
 
@@ -679,7 +679,8 @@ class Gate(nn.Module):
         scores = kernel.linear(x.float(), self.weight.float()).sigmoid()         # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
         biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
-        # V3 section 2.1.2: a group is as good as its K_r/M best experts; R1: 8 chosen from 4 groups, so 2
+        # V3 section 2.1.2: a group is as good as its K_r/M best experts. R1: 8 chosen from M = 4 of G = 8
+        # groups, so 2; which DeepSeek's code, and this, takes for any numbers
         votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
         kept = votes.topk(moe.n_limited_groups, dim=-1).indices                 # [n, M]
         dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)      # [n, G]
@@ -756,7 +757,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or this rank's part of it. R1: 671.0 B parameters, 36.6 B of them used per token."""
+    """The whole model, or this rank's part of it. R1: 671.0 B parameters; a token uses 36.6 B of them, without
+    the embedding, of which it reads a row."""
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
@@ -790,6 +792,7 @@ class Transformer(nn.Module):
         return all_gather(kernel.linear(self.norm(x), self.head.weight), self.rt.tp).float()
 
     def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
+        """For n_new tokens after each row's `lengths` [b], among `slots` slots: positions, mask, rotations."""
         device = lengths.device
         positions = lengths[:, None] + torch.arange(n_new, device=device)       # [b, s]
         visible = torch.arange(slots, device=device) <= positions[..., None]    # [b, s, t]

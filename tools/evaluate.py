@@ -473,9 +473,10 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=int, help="(32768; demo: 1000)")
     sub.add_argument("--ckpt-path", type=Path, metavar="DIR", help="the model (for the task demo: the demo)")
     sub.add_argument("--batch-size", type=int, default=8, help="samples that run together (%(default)s)")
-    for flag, *values in (("--dtype", "bfloat16", "float32"), ("--fp8", "gemm", "dequant", "bf16"),
-                          ("--device", "cpu", "cuda")):
+    for flag, *values in (("--dtype", "bfloat16", "float32"), ("--device", "cpu", "cuda")):
         sub.add_argument(flag, choices=["auto", *values], default="auto", help="as in generate.py (auto)")
+    sub.add_argument("--fp8", choices=["auto", "gemm", "dequant", "bf16"], default="auto",
+                     help="as in generate.py, but auto is gemm or dequant, however much memory is free")
     sub.add_argument("--compile", action="store_true", help="as in generate.py")
     sub.add_argument("--api", metavar="URL", help="sample from a server, e.g. http://localhost:8000/v1; the "
                      "environment's OPENAI_API_KEY goes with requests")

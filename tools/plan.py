@@ -21,7 +21,8 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
     """The text, and whether it fits."""
     p, room = plan(cfg, rt), int((gpu_gib - reserve_gib) * GIB)
     rows, seq = largest(rt, cfg, room)
-    lines = [f"{rt.tp.size} x {gpu_gib:g} GiB, {rt.rows} rows of {rt.max_seq_len:,} tokens, per GPU:", "",
+    lines = [f"{rt.tp.size} x {gpu_gib:g} GiB, {rt.rows} row{'s' * (rt.rows > 1)} of "
+             f"{rt.max_seq_len:,} tokens, per GPU:", "",
              f"  weights      {p.weights / GIB:9.2f} GiB   {p.weights:,} bytes",
              f"  cache        {p.cache / GIB:9.2f} GiB   {p.cache_per_token:,} bytes a token",
              "  activations  "
@@ -46,22 +47,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="ranks (%(default)s)")
     parser.add_argument("--gpu-gib", type=float, required=True, help="memory of one, e.g. 80 or 141")
     parser.add_argument("--batch", type=int, default=1, help="sequences that run together (%(default)s)")
-    parser.add_argument("--seq", type=int, default=40_960, help="tokens of prompt and answer (%(default)s)")
+    parser.add_argument("--seq", type=int, help="tokens of prompt and answer (40960, or the model's limit)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--prefill-chunk", type=int, default=2048, help="(%(default)s)")
     parser.add_argument("--reserve-gib", type=float, default=2.0, help="left free (%(default)s)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of one GPU, e.g. 3350 or 4800")
     args = parser.parse_args(argv)
-    for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "reserve_gib", "bandwidth"):
+    for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "bandwidth"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
+    if not 0 <= args.reserve_gib < float("inf"):
+        parser.error(f"--reserve-gib is {args.reserve_gib}; it must be 0 or more")
     try:
         cfg = load_config(args.config)
-        if args.seq > cfg.context_len:
-            raise ValueError(f"--seq is {args.seq}; this model was made for at most {cfg.context_len}")
+        seq = args.seq or min(40_960, cfg.context_len)
+        if seq > cfg.context_len:
+            raise ValueError(f"--seq is {seq}; this model was made for at most {cfg.context_len}")
         rt = Runtime(torch.device("cuda"), DTYPES[args.dtype], tp=Shard(0, args.gpus), rows=args.batch,
-                     max_seq_len=args.seq, prefill_chunk=args.prefill_chunk)
+                     max_seq_len=seq, prefill_chunk=args.prefill_chunk)
         text, fits = report(cfg, rt, args.gpu_gib, args.reserve_gib, args.bandwidth)
     except (ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
