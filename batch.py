@@ -5,6 +5,7 @@ appear under their own name when all are there. Nothing here knows the model: ev
 """
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -100,7 +101,8 @@ class Results:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        lines = [json.dumps(self.records[key], ensure_ascii=False) for key in sorted(self.records)]
+        plain = self.out is None and not sys.stdout.encoding.lower().startswith("utf")
+        lines = [json.dumps(self.records[key], ensure_ascii=plain) for key in sorted(self.records)]
         if self.out is None:
             print("\n".join(lines))
         else:
@@ -110,7 +112,11 @@ class Results:
 
 def write_file(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as new:
+    try:
+        new = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
+    with new:
         try:
             new.write(text)
             new.flush()

@@ -44,7 +44,7 @@ class Tokenizer:
         self.stop_ids = frozenset([*stop, self.eos and self.token_id(self.eos)]) - {None}
         path = folder / "chat_template.jinja"       # a file of its own since 2025
         if path.is_file():
-            self.chat_template = path.read_text(encoding="utf-8")
+            self.chat_template = _read(path, lambda path: path.read_text(encoding="utf-8"))
 
     def _open_json(self, path):
         self._json = tokenizers.Tokenizer.from_file(str(path))
@@ -57,6 +57,9 @@ class Tokenizer:
         import sentencepiece
         self._pieces = pieces = sentencepiece.SentencePieceProcessor()
         pieces.Load(str(path))
+        added = _json_object(path.with_name("added_tokens.json"))
+        if lost := [token for token in added if self.token_id(token) is None]:
+            raise ValueError(f"added_tokens.json adds {lost[0]!r}, for which tokenizer.json is needed")
         self.n_tokens = len(pieces)
         self.special_ids = {i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)}
         self._special = {pieces.id_to_piece(i): i for i in self.special_ids}
@@ -228,7 +231,7 @@ class Chat:
             return env.from_string(self.tokenizer.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **tokens)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:                  # whatever somebody else's code raises
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 

@@ -108,7 +108,7 @@ def read_json(path: Path, **kinds: type) -> dict:
     """A JSON object whose keys are of these types; ValueError names the file and what is wrong with it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(data.get(key), kinds[key]) for key in kinds):
         wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in kinds.items())
@@ -121,10 +121,11 @@ def load_config(path: Path) -> Config:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere")
     data = read_json(path)
+    theirs = "model_type" in data
     try:
-        return config_from_hf(data) if "model_type" in data else Config.from_dict(data)
+        return config_from_hf(data) if theirs else Config.from_dict(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {_name_theirs(error) if theirs else error}") from None
 
 
 def config_from_hf(data: dict) -> Config:
@@ -167,6 +168,13 @@ def config_from_hf(data: dict) -> Config:
     return Config.from_dict(ours)
 
 
+def _name_theirs(error: ValueError) -> str:
+    """The text of Config's error about one of our keys, with HuggingFace's name of it."""
+    names = {**NAMES, **MOE_NAMES, **ROPE_NAMES["yarn"], "tie_embeddings": "tie_word_embeddings",
+             "n_kv_heads": "num_key_value_heads", "theta": "rope_theta"}
+    return re.sub(r"'(?:\w+\.)?(\w+)'", lambda key: repr(names.get(key[1], key[1])), str(error), count=1)
+
+
 def _rope(keys: dict) -> dict:
     """Our `rope` group, from rope_theta and rope_scaling (published files) or rope_parameters (newer)."""
     scaling = {**(keys.pop("rope_scaling", None) or {}), **(keys.pop("rope_parameters", None) or {})}
@@ -182,7 +190,7 @@ def _rope(keys: dict) -> dict:
     if unknown := scaling.keys() - names.values():
         raise ValueError(f"unknown rope key {min(unknown)!r} for rope type {kind!r}")
     for key in ("factor", "original_max_position_embeddings"):
-        if key in names.values() and key not in scaling:
+        if key in names.values() and scaling.get(key) is None:
             raise ValueError(f"missing key {key!r} for rope type {kind!r}")
     given = {ours: scaling[theirs] for ours, theirs in names.items() if scaling.get(theirs) is not None}
     return {"kind": "plain" if kind == "default" else kind, "theta": theta, **given}
@@ -272,7 +280,7 @@ class Checkpoint:
                         key: (SAFETENSORS_DTYPES.get(s.get_dtype(), s.get_dtype()), s.get_shape())
                         for key, s in slices.items()}
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: damaged or cut short ({error})") from None
+                raise ValueError(f"{file}: damaged or cut short, or not to be read ({error})") from None
         return self._headers[file]
 
     def plan(self, model: Transformer, as_stored: bool = False) -> list[Entry]:
@@ -428,10 +436,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file; --save-path must be a folder")
     cfg = checkpoint.cfg if dtype is None else replace(checkpoint.cfg, fp8=False, dtype="bfloat16")
-    if ranks not in (legal := cfg.legal_ranks()):
-        bf16 = f"; with --dtype bf16 over {ranks}, too" * (ranks in replace(cfg, fp8=False).legal_ranks())
-        raise ValueError(f"--model-parallel is {ranks}; this model can be cut over "
-                         f"{', '.join(map(str, legal))}{bf16}")
+    _check_ranks(cfg, ranks)
     source, shards = fingerprint(checkpoint), [Shard(rank, ranks) for rank in range(ranks)]
     files = [RankFile.lay_out(out, tp, plan_rank(checkpoint, cfg, tp, dtype), source) for tp in shards]
     manifest = {"model_parallel": ranks, "source": source,
@@ -444,10 +449,14 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
         return
     todo = [file for file in files if file.n_complete(file.path) < len(file.plan)]
     finished = {file.path for file in files if file not in todo}
-    if others := sorted(set(out.glob("*.safetensors")) - finished):
+    parts = set(out.glob("model*-mp*.safetensors.part"))
+    others = sorted(set(out.glob("*.safetensors")) - finished)
+    if not (parts or finished):
+        others += out.glob("config.json")
+    if others:
         raise ValueError(f"{others[0]}: of another checkpoint; remove it or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for stale in set(out.glob("model*-mp*.safetensors.part")) - {file.part for file in todo}:
+    for stale in parts - {file.part for file in todo}:
         stale.unlink()                  # left by an interrupted conversion for another number of ranks
     write_ranks(checkpoint, todo)
     for name in COMPANIONS:
@@ -457,6 +466,13 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     (out / "config.json").write_text(json.dumps(groups, indent=2) + "\n")
     (out / (MANIFEST + ".part")).write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(out / (MANIFEST + ".part"), out / MANIFEST)
+
+
+def _check_ranks(cfg: Config, ranks: int) -> None:
+    if ranks not in (legal := cfg.legal_ranks()):
+        bf16 = f"; with --dtype bf16 over {ranks}, too" * (ranks in replace(cfg, fp8=False).legal_ranks())
+        raise ValueError(f"--model-parallel is {ranks}; this model can be cut over "
+                         f"{', '.join(map(str, legal))}{bf16}")
 
 
 def plan_rank(checkpoint: Checkpoint, cfg: Config, tp: Shard, dtype: torch.dtype | None) -> list[Entry]:

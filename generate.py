@@ -631,8 +631,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_sampling(parser)
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < 2 ** 31:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more, and less than 2 ** 31")
     if args.think_budget is not None and args.think_budget < 0:
         parser.error(f"--think-budget is {args.think_budget}; it must be 0 or more")
     if args.stop_loops is None:
@@ -663,6 +664,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint, ranks: Ranks, room
         raise ValueError(f"--output-file {args.output_file}: a folder or a device; it must be a file")
     if args.output_file and args.output_file.exists() and args.output_file.samefile(args.input_file):
         raise ValueError(f"--output-file {args.output_file}: the same as --input-file; it would be lost")
+    if args.output_file and not os.access(args.output_file.absolute().parent, os.W_OK):
+        raise ValueError(f"--output-file {args.output_file}: its folder cannot be written")
     records = read_prompts(args.input_file) if args.input_file else []
     if args.prompt:
         records = [{"prompt": args.prompt}]

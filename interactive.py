@@ -236,6 +236,7 @@ class Screen:
 
     def __init__(self, chat: Chat, full: bool):
         self.tokenizer = chat.tokenizer
+        sys.stdout.reconfigure(errors="backslashreplace")       # for what the terminal's encoding lacks
         self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self.full = full or not self.terminal

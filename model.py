@@ -191,12 +191,13 @@ def _from_dict(cls, data: dict, where: str = ""):
         kinds = getattr(known[name].type, "__args__", (known[name].type,))      # `int | None` -> two kinds
         if isinstance(value, dict) and is_dataclass(kinds[0]):
             value = _from_dict(kinds[0], value, f"{where}{name}.")
-        if type(value) is int and float in kinds:
+        if type(value) is int and float in kinds and abs(value) < 2 ** 63:
             value = float(value)
         if type(value) not in kinds:
             accepted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"key {where + name!r} is {value!r}; it must be {accepted}")
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+        limit = 2 ** 31 if type(value) is int else math.inf
+        if type(value) in (int, float) and not (0 < value < limit or value == 0 and name in MAY_BE_ZERO):
             raise ValueError(f"key {where + name!r} is {value!r}; it must be a positive number")
         values[name] = value
     return cls(**values)

@@ -153,7 +153,8 @@ def test_a_template_that_thinks_is_noticed_and_one_with_two_bos_refused(tmp_path
 
 @pytest.mark.parametrize("template, says", [
     (LLAMA2, "roles must alternate"), ("{% if %}", "refuses"), ("{{ messages[0].gone.x }}", "gone"),
-    ("{{ messages.append(1) }}", "safe"), ("{{ 1 + messages[0].content }}", "operand")])
+    ("{{ messages.append(1) }}", "safe"), ("{{ 1 + messages[0].content }}", "operand"),
+    ("{{ 1 // 0 }}", "division"), ("{% for _ in range(10 ** 9) %}{% endfor %}", "too big")])
 def test_a_template_that_refuses_says_why(tmp_path, template, says):
     write_tokenizer(tmp_path, tokens=[], chat_template=template)
     with pytest.raises(ValueError, match=says):

@@ -150,7 +150,8 @@ def test_folders_that_are_no_checkpoint_are_refused(hf, refused, tmp_path):
     weights.rename(hf / "model.safetensors")
     for damage in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"vocab_size": -1},
                    {"rope_parameters": "yarn"}, {"quantization_config": "fp8"}, {"num_hidden_layers": ...},
-                   {"layer_types": 3}):
+                   {"layer_types": 3}, {"first_k_dense_replace": -1}, {"intermediate_size": 1e5},
+                   {"vocab_size": 10 ** 18}, {"tie_word_embeddings": None}):
         config = (hf / "config.json").read_text()
         tiny.edit_config(hf, **damage)
         refused(hf, "config.json", *damage)
@@ -181,6 +182,11 @@ def test_outputs_that_cannot_be_written_are_refused(hf, refused):
     (hf.parent / "file").write_text("kept")
     refused(hf, "file: a file", out=hf.parent / "file")
     assert (hf.parent / "file").read_text() == "kept"
+    other = hf.parent / "another model"
+    other.mkdir()
+    (other / "config.json").write_text("kept")
+    refused(hf, "config.json: of another checkpoint", out=other)
+    assert [file.read_text() for file in other.iterdir()] == ["kept"]
 
 
 def test_converted_folders_are_not_mistaken(hf, refused):

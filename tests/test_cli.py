@@ -311,6 +311,17 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 
+def test_answers_reach_an_output_that_has_no_such_characters(folders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("你好 😀\n")
+    for args in (["--input-file", tmp_path / "prompts.txt"], ["--prompt", "你好"], ["--interactive"]):
+        done = subprocess.run(program("generate.py", "--ckpt-path", folders / "dense", "--seed", 1,
+                                      "--max-new-tokens", 24, *args), capture_output=True,
+                              input=b"/\xff\nhi\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+        if args[0] == "--input-file":
+            assert json.loads(done.stdout)["prompt"] == "你好 😀"
+
+
 def damage(name: str, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 

@@ -148,6 +148,7 @@ def test_new_style_keys_mean_the_same():
     (dict(attention_bias=True), "attention_bias"), (dict(rope_interleave=False), "rope_interleave"),
     (dict(rope_scaling=dict(type="dynamic", factor=2)), "dynamic"),
     (dict(rope_scaling=dict(type="yarn", factor=2)), "original_max_position_embeddings"),
+    (dict(rope_scaling=dict(type="yarn", factor=None, original_max_position_embeddings=4096)), "'factor'"),
     (dict(rope_scaling=dict(R1_HF["rope_scaling"], truncate=False)), "truncate"),
     (dict(quantization_config=dict(quant_method="gptq")), "quant_method"),
     (dict(quantization_config=dict(quant_method="fp8", weight_block_size=[64, 64])), "weight_block_size"),

@@ -492,6 +492,8 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["export", "--task", "EMPTY"], "holds no row"),
        (["export", "--task", "gpqa", "--data", "DATA"], "'Question' is None"),
        (["grade", "--task", "demo", "--completions", "missing.jsonl"], "missing.jsonl"),
+       (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"], "run.json: not made by this"),
+       (["run", "--task", "demo", "--k", str(2 ** 31)], "less than 2 ** 31"),
        (["report", "NOWHERE"], "results.json"),
        (["report", "FOLDER"], "not made by this program")]
 
@@ -507,6 +509,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
     (tmp_path / "LATIN.csv").write_bytes("Question\nWas heißt das?\n".encode("latin-1"))
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "FOLDER/results.json").write_text("{}")
+    (tmp_path / "FOLDER/run.json").write_text('{"k": "1", "temperature": 1}')
     out = tmp_path / "out"
     try:
         code = run(*[tmp_path / arg if arg[:2].isupper() else arg for arg in args], "--out", out)
@@ -514,6 +517,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and word in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_what_is_read_is_never_written_over(tmp_path, capsys):
+    data, codes = write(tmp_path / "aime.jsonl", AIME), write(tmp_path / "lcb.jsonl", CODE)
+    for args in (["export", "--task", data, "--out", data],
+                 ["import", "--task", codes, "--completions", data, "--k", 1, "--out", data]):
+        before = data.read_bytes()
+        with pytest.raises(SystemExit):
+            run(*args)
+        assert "which is read, too" in capsys.readouterr().err and data.read_bytes() == before
+
+
+def test_half_a_surrogate_pair_in_a_completion_is_graded_and_written(tmp_path):
+    data = write(tmp_path / "aime.jsonl", AIME)
+    lines = [json.dumps({"index": i, "text": "\ud83d</think>\\boxed{\ud83d}"}) for i in range(len(AIME))]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    assert run("grade", "--task", data, "--completions", tmp_path / "c.jsonl", "--k", 1, "--out", tmp_path) == 0
+    assert result(tmp_path)["scores"]["pass@1"] == 0
 
 
 def test_without_math_verify_nothing_is_sampled(tmp_path, monkeypatch, capsys, api):

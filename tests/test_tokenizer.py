@@ -105,6 +105,15 @@ def test_sentencepiece_ids_are_its_own_and_special_tokens_are_mapped(tmp_path):
     assert (tokenizer.stop_ids, tokenizer.n_tokens) == ({2}, 300)
 
 
+def test_sentencepiece_with_added_tokens_is_refused_as_it_would_spell_them_out(tmp_path):
+    added = write_sentencepiece(tmp_path) / "added_tokens.json"
+    added.write_text('{"<s>": 1}')                  # which it has
+    Tokenizer(tmp_path)
+    added.write_text('{"<s>": 1, "<|im_start|>": 300}')
+    with pytest.raises(ValueError, match="added_tokens.json adds '<|im_start|>'.*tokenizer.json is needed"):
+        Tokenizer(tmp_path)
+
+
 def test_a_stream_gives_the_text_of_decode(tokenizer):
     rng = random.Random(0)
     alphabet = "ab  \n.,é中文字🙂🧑‍🔬<think></think>"

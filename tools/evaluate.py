@@ -175,7 +175,7 @@ def complete(args: argparse.Namespace, prompt: str, seed: int) -> dict:
     url = args.api.rstrip("/") + "/chat/completions"
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
             "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()      # what else is wrong in it, an error would show
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for tries in range(1, TRIES + 1):
@@ -220,10 +220,16 @@ def read_object(path: Path) -> dict:
 def read_run(completions: Path) -> dict:
     """run.json beside completions that `run` made; beside those of another engine there is none: {}."""
     path = completions.with_name("run.json")
-    return read_object(path) if path.exists() else {}
+    made = read_object(path) if path.exists() else {}
+    kinds = {"task": str, "prompt": str, "k": int, "questions": int, "model": str, "temperature": float}
+    if made and not all(isinstance(made.get(key), kind | int) for key, kind in kinds.items()):
+        raise ValueError(f"{path}: not made by this program; move it, or the completions, away")
+    return made
 
 
 def grade(args: argparse.Namespace) -> None:
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: a file; it must be a folder")
     made = read_run(args.completions)
     args.k, args.prompt = args.k or made.get("k"), args.prompt or made.get("prompt")
     args.limit = args.limit or made.get("questions")
@@ -254,7 +260,7 @@ def read_completions(path: Path, plan: Protocol) -> list[dict]:
             raise ValueError(f"{where}: index {index}, sample {pair[1]!r} is {problem} (--limit, --k)")
         if row.get("prompt", prompts[index]) != prompts[index]:
             raise ValueError(f"{where}: 'prompt' is not what --task, --data and --prompt {plan.prompt} make")
-        rows[pair] = row
+        rows[pair] = {**row, "text": row["text"].encode(errors="replace").decode()}     # as in read_reply
     if missing := [pair for pair in wanted if pair not in rows]:
         raise ValueError(f"{path}: {len(rows)} of {len(wanted)} samples; the first that lacks is index "
                          f"{missing[0][0]}, sample {missing[0][1]}; --k {plan.k} with fewer is refused")
@@ -394,10 +400,10 @@ def report(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder / 'results.json'}: not made by this program") from None
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(rows) + "\n" + NOTES.format(**PUBLISHED)
-    print(text, end="")
-    write_file(args.out / "report.md", text)
-    write_json(args.out / "report.json", rows)
     plot(rows, args.out / "report.png")
+    write_json(args.out / "report.json", rows)
+    write_file(args.out / "report.md", text)
+    print(text, end="")
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -416,7 +422,8 @@ def plot(rows: list[dict], path: Path) -> None:
                       label=f"± 1 standard error, {key.split()[0]}")
     axes.plot(column("published"), y, "D", color="C1", label="published")
     axes.plot(column("open-r1"), y, "x", color="C2", label="open-r1")
-    axes.set_yticks(y, [f"{row['model']}\n{row['task']}, {row['questions']} x {row['k']}" for row in rows])
+    axes.set_yticks(y, [f"{row['model']}\n{row['task']}, {row['questions']} x {row['k']}" for row in rows],
+                    parse_math=False)                       # a $ in a name is no formula
     axes.set(xlabel="pass@1, per cent", ylim=(len(rows) - 0.5, -0.5))
     figure.legend(loc="outside lower center", ncols=2)
     draft = path.with_name(path.name + ".part")
@@ -487,8 +494,11 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace, parser: Parser) -> None:
     for name in ("k", "limit", "max_new_tokens", "batch_size", "concurrency", "timeout"):
         value = getattr(args, name, None)
-        if value is not None and not value >= 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+        if value is not None and not 1 <= value < 2 ** 31:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more, and less than 2 ** 31")
+    read = [Path(getattr(args, name, None) or "") for name in ("completions", "data", "task")]
+    if args.out and args.out.is_file() and any(map(args.out.samefile, filter(Path.is_file, read))):
+        parser.error(f"--out is {args.out}, which is read, too; it would be lost")
     if getattr(args, "data", None) and args.task not in set(TASKS) - {"demo"}:
         parser.error(f"--data goes with --task {', '.join([*TASKS][1:])}; --task is {args.task}")
     if args.command == "run":

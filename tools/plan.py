@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "bandwidth"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
-    if not 0 <= args.reserve_gib < float("inf"):
+        if value is not None and not 0 < value < 2 ** 31:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0, and less than 2 ** 31")
+    if not 0 <= args.reserve_gib < 2 ** 31:
         parser.error(f"--reserve-gib is {args.reserve_gib}; it must be 0 or more")
     try:
         cfg = load_config(args.config)
