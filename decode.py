@@ -36,24 +36,30 @@ def check(rt: Runtime) -> Runtime:
                              f"--fp8 dequant or bf16; here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 "
                              f"{rt.fp8}")
     if rt.compile and rt.device.type == "cuda":
-        able = kernel.triton and torch.cuda.get_device_capability(rt.device) >= (7, 0)
+        least = (7, 0) if rt.dtype == torch.float32 else (8, 0)         # TorchInductor's, and its bf16's
+        able = kernel.triton and torch.cuda.get_device_capability(rt.device) >= least
         if not able or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
-            raise ValueError("--compile on a GPU needs Triton, compute capability 7.0 or more, and with --fp8 "
-                             "gemm a GPU that multiplies e4m3; leave it out, or see README's requirements")
+            raise ValueError("--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in float32), "
+                             "and with --fp8 gemm a GPU that multiplies e4m3; leave it out, or see README's "
+                             "requirements")
     return rt
 
 
 def precompile(model: Transformer) -> None:
     """Compile the layers of all steps, if they are to be: no answer waits for it. OSError: C++ failed."""
-    rt = model.rt
-    for rows in sorted({1, rt.rows}) if rt.compile else ():
-        if rt.device.type == "cpu":
-            make_parts(model, rows)
-            continue
-        cache = Cache.allocate(model.cfg, replace(rt, rows=rows, max_seq_len=640))
-        name = f"compile for {rows} row{'s' * (rows > 1)}"
-        with tqdm(desc=name, bar_format="{desc}", disable=rt.tp.rank > 0), torch.inference_mode():
-            fused_layers(model, cache, torch.zeros(rows, 1, dtype=torch.int64, device=rt.device), slots=512)
+    # Many rows before one: after one, the compiler would leave their number open
+    for rows in sorted({1, model.rt.rows}, reverse=True) if model.rt.compile else ():
+        (make_parts if model.rt.device.type == "cpu" else compile_layers)(model, rows)
+
+
+def compile_layers(model: Transformer, rows: int) -> None:
+    """For steps of so many rows on a GPU: in a part of the cache and in all of it, which the compiler tells
+    apart, lest an answer that gets to the last slots wait for it there."""
+    cache = Cache.allocate(model.cfg, replace(model.rt, rows=rows, max_seq_len=640))
+    tokens, name = torch.zeros_like(cache.lengths)[:, None], f"compile for {rows} row{'s' * (rows > 1)}"
+    with tqdm(desc=name, bar_format="{desc}", disable=model.rt.tp.rank > 0), torch.inference_mode():
+        for slots in (512, 640):
+            fused_layers(model, cache, tokens, slots)
 
 
 @functools.cache

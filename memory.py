@@ -112,7 +112,8 @@ def activations(model: Transformer, rt: Runtime) -> int:
         feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
     mask = s * t * (1 + size)                                   # of bools, and of zeros and infinities
-    logits = rt.rows * cfg.vocab_size * 4 * 4                   # fp32; sampling sorts and sums copies of them
+    # fp32; sampling sorts and sums copies of them, a GPU all, with their ids and a scratch copy of both
+    logits = rt.rows * cfg.vocab_size * 4 * (12 if rt.device.type == "cuda" else 4)
     return max(attention, feed_forward) * size + stream + mask + logits
 
 

@@ -7,8 +7,8 @@ Every figure is a median over rounds, in each of which all take their turn at ea
 it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
 passes. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same
 rounds: what a step must read, over the first, and what a prompt must multiply, over the second, are the limits.
-Load time and peak memory are those of fresh processes that load (from the file cache) and take a step; on a GPU
-random weights are made where they stay, and nothing is loaded.
+Load time and peak memory are those of fresh processes that load (from the file cache) and take a step on a CPU;
+on a GPU neither is measured, and random weights are made where they stay.
 """
 import argparse
 import functools
@@ -48,10 +48,9 @@ class Ours:
         device = torch.device(device)
         self.rt = Runtime(device, torch.bfloat16, compile=compile, fp8=kernel.default_mode(device))
         if isinstance(source, Config):
-            make = random_model.__wrapped__ if fp8 else random_model        # which shares its weights
-            self.model = make(source, replace(self.rt, compile=False))
-        else:
-            self.model = load_model(Checkpoint(source), self.rt)
+            self.model = random_model(replace(source, fp8=source.fp8 or fp8), replace(self.rt, compile=False))
+            return
+        self.model = load_model(Checkpoint(source), self.rt)
         if fp8:
             quantise(self.model)
 
@@ -73,7 +72,7 @@ def pace(step, times: int) -> float:
 
 @functools.cache
 def random_model(cfg: Config, rt: Runtime) -> Transformer:
-    """Our model with random weights, made on rt.device: FP8 ones of any finite codes."""
+    """Our model with random weights, made on rt.device, one for all that ask: FP8 ones of any finite codes."""
     model, state = Transformer(cfg, rt), {}
     for name, t in model.state_dict().items():
         if t.dtype == kernel.FP8:
@@ -320,9 +319,8 @@ def resident(field: str) -> int:
 
 def measure(source: Path | Config, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
     """All that the report is made from; times in seconds, medians over the rounds."""
-    on_device = isinstance(source, Config)
-    cfg, loads = source if on_device else Checkpoint(source).cfg, {}
-    if not on_device:
+    cfg, loads = source if isinstance(source, Config) else Checkpoint(source).cfg, {}
+    if device == "cpu":
         loads = {name: [load_once(name, source, device) for _ in range(min(rounds, 3))] for name in names}
     engines = {name: ENGINES[name](source, device) for name in names}
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]

@@ -3,6 +3,7 @@ of the eager one; it compiles once, whatever the prompts; its host looks at noth
 
 CUDA graphs themselves are not run: this is what can be shown of them without a GPU.
 """
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, rows, t
     assert sorted((tmp_path / "deepseek-r1").iterdir()) == sorted(built)
 
 
+@pytest.mark.parametrize("family, rows", [("dense", 1), ("dense", 3), ("moe", 3)])
+def test_what_is_compiled_for_a_gpu_before_the_first_answer_serves_all_lengths(paths, family, rows, monkeypatch):
+    """Traced on a CPU, without code: another compilation would be an error."""
+    torch._dynamo.reset()
+    layers = torch.compile(Block.forward, backend="aot_eager")
+    monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: layers)
+    monkeypatch.setattr(decode, "make_parts", decode.compile_layers)        # as if it were no CPU
+    model = tiny.load(paths / family, rows=rows, compile=True)
+    decode.precompile(model)
+    for n, slots, room in itertools.product({1, rows}, (100, 512, 2048), (600, 2048)):
+        cache = Cache.allocate(model.cfg, replace(model.rt, max_seq_len=room))
+        with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+            view = cache.view(slice(0, n), room)
+            decode.fused_layers(model, view, torch.zeros(n, 1, dtype=torch.int64), min(slots, room))
+
+
 @pytest.mark.parametrize("n, k", [(256, 512), (48, 256), (300, 200), (64, 8960), (7, 4100)])
 def test_multiply_and_sum_is_the_product(n, k):
     generator = torch.Generator().manual_seed(0)
@@ -136,6 +153,11 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, c
             decode.check(Runtime(compile=True, **settings))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpu = Runtime(torch.device("cuda"), compile=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="capability 8.0 or more \\(7.0 in float32\\)"):
+        decode.check(gpu)
+    assert decode.check(replace(gpu, dtype=torch.float32)).compile
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for settings, triton, path in ((dict(), None, "torch"), (dict(fp8="gemm"), kernel, "torch")):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="--compile on a GPU needs Triton, "):
             patch.setattr(kernel, "triton", triton)

@@ -93,7 +93,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
     dtype = cfg.dtype if args.dtype == "auto" else args.dtype
     dtype = "float32" if dtype == "float32" else "bfloat16"
     fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
-    decode.check(Runtime(ranks.device, fp8=fp8, tp=ranks.tp, rows=args.batch_size, compile=args.compile))
+    decode.check(Runtime(ranks.device, DTYPES[dtype], fp8, ranks.tp, args.batch_size, compile=args.compile))
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
         "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint), "dtype": dtype, "fp8": fp8,
