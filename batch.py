@@ -101,7 +101,7 @@ class Results:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        plain = self.out is None and not sys.stdout.encoding.lower().startswith("utf")
+        plain = self.out is None and not (sys.stdout.encoding or "utf").lower().startswith("utf")
         lines = [json.dumps(self.records[key], ensure_ascii=plain) for key in sorted(self.records)]
         if self.out is None:
             print("\n".join(lines))

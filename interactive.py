@@ -2,6 +2,7 @@
 
 Rank 0 alone has a Conversation and a Screen; generate.py's `talk` hands its prompts to the other ranks.
 """
+import io
 import json
 import os
 import select
@@ -236,7 +237,8 @@ class Screen:
 
     def __init__(self, chat: Chat, full: bool):
         self.tokenizer = chat.tokenizer
-        sys.stdout.reconfigure(errors="backslashreplace")       # for what the terminal's encoding lacks
+        if isinstance(sys.stdout, io.TextIOWrapper):            # not in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")   # for what the terminal's encoding lacks
         self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self.full = full or not self.terminal
