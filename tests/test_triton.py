@@ -61,7 +61,11 @@ def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7" and np.__version__ >= "2.4",
+def version(package) -> tuple[int, ...]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(version(triton) < (3, 7) and version(np) >= (2, 4),
                     reason="the interpreter of Triton before 3.7 needs NumPy before 2.4")
 def test_numerics_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS / "interpreted.py"]
