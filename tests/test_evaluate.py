@@ -519,6 +519,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
     assert code == 2 and word in error and error.count("\n") == 1 and not out.exists()
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nX: y", "sk-sécret"])
+def test_a_malformed_key_is_refused_unseen(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit):
+        run("run", "--task", "demo", "--api", "http://localhost:1", "--model", "m", "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "OPENAI_API_KEY" in error and "cret" not in error
+
+
 def test_what_is_read_is_never_written_over(tmp_path, capsys):
     data, codes = write(tmp_path / "aime.jsonl", AIME), write(tmp_path / "lcb.jsonl", CODE)
     for args in (["export", "--task", data, "--out", data],

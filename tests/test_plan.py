@@ -137,6 +137,11 @@ def test_the_report_says_what_fits_and_what_would(capsys):
     assert f"{step / 4.8e9:.2f} ms" in text and f"{4 * 4.8e12 / step:,.1f} tokens/s" in text
 
 
+def test_a_model_with_a_short_context_is_planned_at_its_full_length_and_nothing_need_be_reserved(capsys):
+    code, text = run(capsys, "--config", str(ROOT / "demo/config.json"), "--reserve-gib", "0", gpus="1")
+    assert code == 0 and "1 row of 2,048 tokens" in text
+
+
 @pytest.mark.parametrize("args, word", [(["--seq", "999999"], "at most 163840"),
                                         (["--config", "no.json"], "no.json")])
 def test_what_cannot_be_planned_is_refused(args, word, capsys):

@@ -175,7 +175,7 @@ def complete(args: argparse.Namespace, prompt: str, seed: int) -> dict:
     url = args.api.rstrip("/") + "/chat/completions"
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
             "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
-    key = os.environ.get("OPENAI_API_KEY", "").strip()      # what else is wrong in it, an error would show
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for tries in range(1, TRIES + 1):
@@ -221,8 +221,9 @@ def read_run(completions: Path) -> dict:
     """run.json beside completions that `run` made; beside those of another engine there is none: {}."""
     path = completions.with_name("run.json")
     made = read_object(path) if path.exists() else {}
-    kinds = {"task": str, "prompt": str, "k": int, "questions": int, "model": str, "temperature": float}
-    if made and not all(isinstance(made.get(key), kind | int) for key, kind in kinds.items()):
+    kinds = {"task": str, "prompt": str, "k": int, "questions": int, "model": str,
+             "temperature": float | int}
+    if made and not all(isinstance(made.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path}: not made by this program; move it, or the completions, away")
     return made
 
@@ -504,6 +505,9 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
     if args.command == "run":
         if args.api and not re.match(r"https?://", args.api):
             parser.error(f"--api is {args.api!r}; it must begin with http:// or https://")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if args.api and not (key.isascii() and key.isprintable()):      # else a later error would show it
+            parser.error("the environment's OPENAI_API_KEY has characters that no HTTP header takes")
         if args.api and (not args.model or args.ckpt_path):
             parser.error("--api goes with --model, the server's name of it, and without --ckpt-path")
         if not args.api and not args.ckpt_path and args.task != "demo":
