@@ -257,20 +257,23 @@ def stored(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x W^T, as F.linear: x [..., k], w [n, k] -> [..., n]. Compiled for a few x, it is a single pass over W;
-    where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W converted at a time."""
-    if few(x):
-        return matvec(x, w)
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
+    single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
+    converted at a time."""
     rows = x.shape[:-1].numel()
-    if rows <= 4 or not fp32_is_faster(x):      # so few rows wait for W, either way
-        return F.linear(x, w)
-    x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
-    size = 1024 if w.shape[1] <= 4096 else 256              # in fp32 up to 16 MB, for Llama-70B 29 MB
-    for part, out in zip(w.split(size), y.split(size, dim=1)):
-        # for few rows W x^T, as BLAS is faster with the longer side on the left
-        out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)
-    return y.unflatten(0, x.shape[:-1])
+    if few(x):
+        y = matvec(x, w)
+    elif rows <= 4 or not fp32_is_faster(x):    # so few rows wait for W, either way
+        return F.linear(x, w, bias)
+    else:
+        x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
+        size = 1024 if w.shape[1] <= 4096 else 256          # in fp32 up to 16 MB, for Llama-70B 29 MB
+        for part, out in zip(w.split(size), y.split(size, dim=1)):
+            # for few rows W x^T, as BLAS is faster with the longer side on the left
+            out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)
+        y = y.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -571,7 +574,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float)
     read on the device: a CUDA graph for t slots takes hardly longer than one for fewer.
     """
     parts, weights = _launch_attend(q, k, v, positions, scale)              # [b, h, runs, v], [b, h, runs]
-    return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
+    return _launch_combine(parts, weights, q.dtype)[:, None]
 
 
 def can_attend_one(q: Tensor, v: Tensor) -> bool:
@@ -626,6 +629,22 @@ if triton:
         tl.store(parts + to[:, None] * D + d[None, :], acc, mask=live[:, None])
         tl.store(weights + to, largest + tl.log(total), mask=live)
 
+    @triton.jit(do_not_specialize=["runs"])
+    def combine_kernel(parts, weights, o, runs, D: tl.constexpr):
+        """The runs of a head, of which there are 64 at most, as one: softmax(weights) parts, 8 at a time."""
+        head, run, d = tl.program_id(0).to(tl.int64), tl.arange(0, 64), tl.arange(0, D)
+        weights += head * runs
+        every = tl.load(weights + run, mask=run < runs, other=-float("inf"))
+        largest = tl.max(every)
+        acc = tl.zeros([D], tl.float32)
+        for first in range(0, runs, 8):
+            run = first + tl.arange(0, 8)
+            weight = tl.exp(tl.load(weights + run, mask=run < runs, other=-float("inf")) - largest)
+            part = tl.load(parts + (head * runs + run)[:, None] * D + d[None, :], mask=(run < runs)[:, None],
+                           other=0.0)
+            acc += tl.sum(weight[:, None] * part, axis=0)
+        tl.store(o + head * D + d, (acc / tl.sum(tl.exp(every - largest))).to(o.dtype.element_ty))
+
 
 def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (b, _, h, d), (_, t, g, size) = q.shape, v.shape
@@ -638,3 +657,10 @@ def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: fl
         q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3],
         span, runs, scale, g, h // g, size, d - size, keys, d > size, num_warps=4, num_stages=stages)
     return parts, weights
+
+
+def _launch_combine(parts: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    b, h, runs, size = parts.shape
+    o = torch.empty(b, h, size, dtype=dtype, device=parts.device)
+    combine_kernel[b * h,](parts, weights, o, runs, size, num_warps=4)
+    return o

@@ -360,13 +360,13 @@ class Step:
     """What all layers of one forward pass share."""
     positions: Tensor       # [b, s]         where the new tokens stand in their rows
     bias: Tensor            # [b, 1, s, t]   0 where a query may look (itself and its past), else -inf
-    rows: Tensor            # [b, 1]         0, 1, 2, ...: the sequences' rows in the buffers
+    rows: Tensor            # [b, s]         which of the buffers' rows: 0 for the first sequence, then 1, ...
     cos: Tensor             # [b, s, 1, r]   apply_rope's
     sin: Tensor             # [b, s, 1, r]
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Write new [b, s, ...] into buffer [b, >= t, ...] at the new tokens' positions; return [b, t, ...]."""
-        buffer[self.rows, self.positions] = new
+        buffer.index_put_((self.rows, self.positions), new)
         return buffer[:, :self.bias.shape[-1]]
 
 
@@ -415,8 +415,8 @@ class Linear(nn.Module):
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
-            y = kernel.linear(x, weight)
-        elif self.fp8 == "gemm":
+            return kernel.linear(x, weight, self.bias)
+        if self.fp8 == "gemm":
             y = kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
         elif kernel.few(x):
             y = kernel.matvec(x, weight, scale)
@@ -443,6 +443,8 @@ class Embedding(nn.Module):
         self.weight = declare(cfg.vocab_size // rt.tp.size, cfg.dim, dtype=rt.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:                                # [b, s] -> [b, s, m]
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
         local = tokens - self.tp.rank * self.weight.shape[0]
         elsewhere = (local < 0) | (local >= self.weight.shape[0])               # [b, s]
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight)           # [b, s, m]
@@ -481,12 +483,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
     then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
-    first = q.shape[1] == k.shape[1]
-    if q.shape[3] > 1:
+    first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
+    grouped = shared and first and (q.device.type == "cpu" or q.dtype != torch.float32)     # that kernel can
+    if shared and not grouped:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]
     q = q.flatten(2, 3).transpose(1, 2)                                                     # [b, h, s, d]
-    o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale)
+    o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale,
+                                       enable_gqa=grouped)
     return o.transpose(1, 2)                                                                # [b, s, h, v]
 
 
@@ -802,4 +806,5 @@ class Transformer(nn.Module):
         angles = (positions[..., None].float() * self.rope_freqs)[:, :, None]   # [b, s, 1, r]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         rows = torch.arange(len(lengths), device=device)[:, None]
+        rows = rows.expand_as(positions).contiguous()           # else a GPU copies it again for each `store`
         return Step(positions, bias[:, None], rows, cos, sin)

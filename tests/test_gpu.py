@@ -132,7 +132,8 @@ def paths(tmp_path_factory):
 @pytest.mark.parametrize("family", ["dense", "llama", "moe"])
 def test_logits_equal_huggingfaces(paths, family):
     folder, references = paths
-    tokens = torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(0))
+    # Not seed 0, with which a token's fourth and fifth expert are 2e-7 apart; here all are 1e-4
+    tokens = torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         expected = references[family](tokens).logits
     for chunks in ([200], [150, 49, 1]):
