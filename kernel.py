@@ -574,7 +574,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float)
     read on the device: a CUDA graph for t slots takes hardly longer than one for fewer.
     """
     parts, weights = _launch_attend(q, k, v, positions, scale)              # [b, h, runs, v], [b, h, runs]
-    return _launch_combine(parts, weights, q.dtype)[:, None]
+    return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
 
 
 def can_attend_one(q: Tensor, v: Tensor) -> bool:
@@ -629,22 +629,6 @@ if triton:
         tl.store(parts + to[:, None] * D + d[None, :], acc, mask=live[:, None])
         tl.store(weights + to, largest + tl.log(total), mask=live)
 
-    @triton.jit(do_not_specialize=["runs"])
-    def combine_kernel(parts, weights, o, runs, D: tl.constexpr):
-        """The runs of a head, of which there are 64 at most, as one: softmax(weights) parts, 8 at a time."""
-        head, run, d = tl.program_id(0).to(tl.int64), tl.arange(0, 64), tl.arange(0, D)
-        weights += head * runs
-        every = tl.load(weights + run, mask=run < runs, other=-float("inf"))
-        largest = tl.max(every)
-        acc = tl.zeros([D], tl.float32)
-        for first in range(0, runs, 8):
-            run = first + tl.arange(0, 8)
-            weight = tl.exp(tl.load(weights + run, mask=run < runs, other=-float("inf")) - largest)
-            part = tl.load(parts + (head * runs + run)[:, None] * D + d[None, :], mask=(run < runs)[:, None],
-                           other=0.0)
-            acc += tl.sum(weight[:, None] * part, axis=0)
-        tl.store(o + head * D + d, (acc / tl.sum(tl.exp(every - largest))).to(o.dtype.element_ty))
-
 
 def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (b, _, h, d), (_, t, g, size) = q.shape, v.shape
@@ -657,10 +641,3 @@ def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: fl
         q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3],
         span, runs, scale, g, h // g, size, d - size, keys, d > size, num_warps=4, num_stages=stages)
     return parts, weights
-
-
-def _launch_combine(parts: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    b, h, runs, size = parts.shape
-    o = torch.empty(b, h, size, dtype=dtype, device=parts.device)
-    combine_kernel[b * h,](parts, weights, o, runs, size, num_warps=4)
-    return o
