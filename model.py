@@ -484,7 +484,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
     then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
     first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
-    grouped = shared and first and (q.device.type == "cpu" or q.dtype != torch.float32)     # that kernel can
+    # That kernel lets heads share keys as they lie there; of those for fp32 on a GPU none does
+    grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
     if shared and not grouped:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]

@@ -155,6 +155,8 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
      "bias[:, 0, start:start + size, None, :end], scores.to(dtype),", "test_attention"),
     ("a prompt's first chunk looks ahead on a GPU", "model.py",
      "is_causal=first", "is_causal=False", "test_attention"),
+    ("a compiled product forgets its bias", "kernel.py",
+     "return y if bias is None else y + bias", "return y", "test_decode"),
     ("compiled attention forgets its bias", "model.py",
      "(scores * scale + bias).softmax(dim=-1).to(v.dtype)", "(scores * scale).softmax(dim=-1).to(v.dtype)",
      "test_attention"),
