@@ -112,7 +112,7 @@ def test_102_440_tokens_in_view_give_huggingfaces_logits(tmp_path, monkeypatch):
 def test_an_answer_of_32_768_tokens(tmp_path):
     # The log-probabilities that decoding met at the end are those of one prefill over prompt and answer. The
     # cache is narrow, because it is read 32,768 times.
-    tiny.write(tmp_path, tiny.deepseek(**{**SMALL, "kv_lora_rank": 16, "qk_rope_head_dim": 16}))     # read often
+    tiny.write(tmp_path, tiny.deepseek(**{**SMALL, "kv_lora_rank": 16, "qk_rope_head_dim": 16}))
     model = tiny.load(tmp_path, rows=1, max_seq_len=40_960, prefill_chunk=1024)
     events = list(generate.generate(model, [[1, 2, 3]], (), 32_768, Sampling(1.0, 1.0, seed=1)))
     answer = [token for event in events for token in event.tokens]
