@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import compiled as compiled_parts
@@ -125,17 +126,18 @@ def test_what_is_compiled_for_a_gpu_before_the_first_answer_serves_all_lengths(p
 
 
 @pytest.mark.parametrize("n, k", [(256, 512), (48, 256), (300, 200), (64, 8960), (7, 4100)])
-def test_multiply_and_sum_is_the_product(n, k):
+def test_multiply_and_sum_is_the_product(n, k, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(2, k, generator=generator), torch.randn(3, n, k, generator=generator)
     ids = torch.tensor([[2, 0], [1, 1]])
     expected = torch.einsum("nk,nehk->neh", x.double(), w.double()[ids])
     got = kernel.matvec(x[:, None], w, None, ids).double()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
-    few = torch.randn(5, 1, k, generator=generator)             # these share a matrix
-    for rows in (few, few[:2], few[0]):
-        torch.testing.assert_close(kernel.matvec(rows, w[0]).double(), rows.double() @ w[0].double().T,
-                                   rtol=1e-5, atol=1e-4)
+    few, bias = torch.randn(5, 1, k, generator=generator), torch.randn(n, generator=generator)
+    for rows in (few, few[:2], few[0]):                         # these share a matrix
+        expected = F.linear(rows.double(), w[0].double(), bias.double())
+        torch.testing.assert_close(kernel.linear(rows, w[0], bias).double(), expected, rtol=1e-5, atol=1e-4)
     for size in (1.0, 1e-12, 1e9):              # decoding e4m3 by its bits neither under- nor overflows
         q, scale = (torch.stack(part) for part in zip(*map(kernel.weight_quant, w)))
         exact = torch.stack([kernel.weight_dequant(*pair, torch.float32) for pair in zip(q, scale)])

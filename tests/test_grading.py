@@ -92,6 +92,7 @@ def test_without_an_open_think_the_whole_text_answers():
     assert grading.after_thinking("no tag", thinks=False) == "no tag"
     assert grading.after_thinking("<think>never closed", thinks=False) is None
     assert grading.after_thinking("a</think>b", thinks=False) == "b"
+    assert grading.after_thinking("a</think>b</think>c") == "c"
 
 
 def test_a_language_that_the_question_lacks_is_mixed_in():

@@ -130,11 +130,13 @@ def test_an_answer_of_32_768_tokens(tmp_path):
 MEASURE = """
 import re, sys
 from dataclasses import replace
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, tiny
+sys.path[:0] = [{root!r}]
+import torch
+from convert import Checkpoint, load_model
 from generate import Sampling, generate
+from model import Runtime
 torch.set_num_threads(1)
-model = tiny.load({path!r}, rows=1)
+model = load_model(Checkpoint({path!r}), Runtime(dtype=torch.float32))
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 def run(length, chunk):
@@ -155,7 +157,7 @@ def test_memory_is_linear_in_the_prompt_in_chunks_and_several_times_as_much_with
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux' /proc to measure resident memory")
     tiny.write(tmp_path, config)
-    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path))
+    script = MEASURE.format(root=str(ROOT), path=str(tmp_path))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed is given back
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env)
     c1, c2, c4, whole2, whole4 = map(int, done.stdout.split())

@@ -56,13 +56,15 @@ def test_r1_takes_the_published_bytes_and_reads_what_37_billion_parameters_take(
 
 MEASURE = """
 import sys, re
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, tiny
+sys.path[:0] = [{root!r}]
+import torch
 import kernel
+from convert import Checkpoint, load_model
 from generate import Sampling, generate
+from model import Runtime
 torch.set_num_threads(1)
 kernel.MULTIPLIES_BF16 = False
-model = tiny.load({path!r}, rows=1, max_seq_len=4096, prefill_chunk={chunk}, dtype={dtype})
+model = load_model(Checkpoint({path!r}), Runtime(max_seq_len=4096, prefill_chunk={chunk}, dtype={dtype}))
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 next(generate(model, [[1] * 64], (), 1, Sampling(0)))
@@ -86,8 +88,7 @@ def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path, monkeypa
     tiny.write(tmp_path, config)
     rt = Runtime(dtype=dtype, max_seq_len=4096, prefill_chunk=chunk)
     p = plan.plan(load_config(tmp_path / "config.json"), rt)
-    script = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), path=str(tmp_path), chunk=chunk,
-                            dtype=dtype)
+    script = MEASURE.format(root=str(ROOT), path=str(tmp_path), chunk=chunk, dtype=dtype)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed is given back
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env)
     used = int(done.stdout) - p.cache                           # its pages are touched by the prompt, too
