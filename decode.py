@@ -46,10 +46,18 @@ def check(rt: Runtime) -> Runtime:
 
 
 def precompile(model: Transformer) -> None:
-    """Compile the layers of all steps, if they are to be: no answer waits for it. OSError: C++ failed."""
+    """Compile the layers of all steps, if they are to be: no answer waits for it. ValueError: the model has
+    FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
+    rt = model.rt
+    if not rt.compile:
+        return
+    for name, weight in model.named_parameters():
+        if weight.dtype == kernel.FP8 and rt.fp8 == "dequant" and weight.shape[-1] % 4:
+            raise ValueError(f"--compile reads FP8 weights in fours, and {name} has {weight.shape[-1]} inputs; "
+                             f"add --fp8 bf16, or leave --compile out")
     # Many rows before one: after one, the compiler would leave their number open
-    for rows in sorted({1, model.rt.rows}, reverse=True) if model.rt.compile else ():
-        (make_parts if model.rt.device.type == "cpu" else compile_layers)(model, rows)
+    for rows in sorted({1, rt.rows}, reverse=True):
+        (make_parts if rt.device.type == "cpu" else compile_layers)(model, rows)
 
 
 def compile_layers(model: Transformer, rows: int) -> None:
