@@ -748,6 +748,9 @@ def fail(error: Exception) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for name in ("stdin", "stdout", "stderr"):      # None: closed by whoever started us
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     args = parse_args(argv)
     try:
         return run(args)

@@ -318,6 +318,14 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 
+@pytest.mark.parametrize("args", [["--prompt", "hi"], ["--input-file", "prompts.jsonl"], ["--interactive"]])
+def test_streams_that_were_closed_before_the_start_are_empty(args, folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert generate.main([*args, "--ckpt-path", "hf", "--max-new-tokens", "3"]) == 0
+
+
 def test_answers_reach_an_output_that_has_no_such_characters(folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("你好 😀\n")
     for args in (["--input-file", tmp_path / "prompts.txt"], ["--prompt", "你好"], ["--interactive"]):
