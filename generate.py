@@ -221,7 +221,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
                              f"max_seq_len is {rt.max_seq_len} and the answer needs room")
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
     cache, rows, prefilled = kept.cache if kept else Cache.allocate(model.cfg, rt), [], (-1, None)
-    decoder, draw = kept and kept.decoder or Decoder(model, cache), Draw(sampling, n_tokens, rt.tp)
+    decoder = kept and kept.decoder or Decoder(model, cache)
+    draw = Draw(replace(sampling, seed=0), n_tokens, rt.tp)     # equal for all seeds, which share its graphs
     if kept:
         kept.decoder = decoder                                  # and its CUDA graphs
     while waiting or rows:
@@ -232,6 +233,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
             sources = [i for i, row in enumerate(rows) if row.prompt == index == prefilled[0]]
             if sources:                                     # a row still begins with this prompt: clone it
                 cache.copy_row(sources[0], slot, len(prompt))
+                if kept:
+                    kept.tokens[:] = prompt
             else:
                 prefilled = index, prefill(model, prompt, cache, slot, kept, cancelled)
                 if prefilled[1] is None:

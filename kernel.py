@@ -41,7 +41,7 @@ if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc"
 BLOCK = 128        # the edge of a weight block, and the run of channels that share an activation scale
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
 FP8 = torch.float8_e4m3fn
-FEW = 8            # rows up to which compiled products are a multiply-and-sum
+FEW = 8            # rows up to which products compiled for a CPU are a multiply-and-sum
 MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def act_quant(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     x [..., k] in any float dtype -> (q [..., k] e4m3, scale [..., kb] fp32), with q * scale close to x.
     `ue8m0` rounds scales up to powers of two, which 8 exponent bits can hold (V3.1; R1 does not use it).
     """
-    if path(x.device) == "triton" and not torch.compiler.is_compiling():    # which merges what is below
+    if path(x.device) == "triton" and not torch.compiler.is_compiling():    # a compiler merges what is below
         return _launch_act_quant(x, ue8m0)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., kb, 128]
     scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # the clamp keeps an all-zero block from 0 / 0
@@ -268,7 +268,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, w, bias)
     else:
         x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
-        size = 1024 if w.shape[1] <= 4096 else 256          # in fp32 up to 16 MB, for Llama-70B 29 MB
+        size = 1024 if w.shape[1] <= 4096 else 256          # in fp32 29 MB at most, for Llama-70B's w2
         for part, out in zip(w.split(size), y.split(size, dim=1)):
             # for few rows W x^T, as BLAS is faster with the longer side on the left
             out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)

@@ -416,19 +416,17 @@ class Linear(nn.Module):
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
             return kernel.linear(x, weight, self.bias)
-        if self.fp8 == "gemm":
-            y = kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
-        elif kernel.few(x):
-            y = kernel.matvec(x, weight, scale)
-        else:
-            y = kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
-        return y if self.bias is None else y + self.bias
+        if self.fp8 == "gemm":                                  # no FP8 checkpoint has a bias
+            return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
+        if kernel.few(x):
+            return kernel.matvec(x, weight, scale)
+        return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
     def dequantise(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its high-precision form, for good."""
         if self.scale is not None:
             weight = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-            stack = (t.view(-1, *t.shape[-2:]) for t in (weight, self.weight, self.scale))
+            stack = (t if t.dim() == 3 else t[None] for t in (weight, self.weight, self.scale))
             for w, q, scale in zip(*stack):                                     # experts one by one
                 w.copy_(kernel.weight_dequant(q, scale, dtype))
             self.weight, self.scale = nn.Parameter(weight, requires_grad=False), None
@@ -481,8 +479,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tenso
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, all rows are empty:
-    then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
+    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, nothing came before
+    them: then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
     first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
     # That kernel lets heads share keys as they lie there; of those for fp32 on a GPU none does
     grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
@@ -685,8 +683,8 @@ class Gate(nn.Module):
         scores = kernel.linear(x.float(), self.weight.float()).sigmoid()         # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
         biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
-        # V3 section 2.1.2: a group is as good as its K_r/M best experts. R1: 8 chosen from M = 4 of G = 8
-        # groups, so 2; which DeepSeek's code, and this, takes for any numbers
+        # V3 section 2.1.2: a group is as good as its k/M best experts. R1: k = 8, from M = 4 of G = 8 groups,
+        # so 2; which DeepSeek's code, and this, takes for any numbers
         votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
         kept = votes.topk(moe.n_limited_groups, dim=-1).indices                 # [n, M]
         dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)      # [n, G]
@@ -708,7 +706,7 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
-        moe = cfg.moe
+        self.moe = moe = cfg.moe
         self.gate = Gate(cfg, rt)
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
@@ -718,7 +716,10 @@ class MoE(nn.Module):
         """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
         tokens = x.flatten(0, 1)                                                # [n, m]
         weights, experts = self.gate(tokens)                                    # [n, k] each
-        y = self.shared(tokens).float()                                         # [n, m]
+        if self.moe.n_shared_experts:
+            y = self.shared(tokens).float()                                     # [n, m]
+        else:
+            y = torch.zeros_like(tokens, dtype=torch.float32)
         if self.grouped:
             return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
         if torch.compiler.is_compiling():                   # decode: the host does not ask who was chosen

@@ -303,8 +303,9 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="module", params=[{}, {"kv_lora_rank": 512},
-                                        {"q_lora_rank": None, "n_shared_experts": 2}],
-                ids=["whole blocks", "576-row edge block", "no q-lora"])
+                                        {"q_lora_rank": None, "n_shared_experts": 2},
+                                        {"n_shared_experts": 0}],
+                ids=["whole blocks", "576-row edge block", "no q-lora", "no shared expert"])
 def checkpoint(request, tmp_path_factory):
     """An FP8 checkpoint with a zero block, in 3 files with scales away from their weights, and its oracle's
     logits."""

@@ -262,6 +262,9 @@ def test_the_next_turn_runs_only_what_follows_the_common_prefix(both):
     model.shapes.clear()
     list(generate(model, [PROMPTS[1] + answer + [3, 4]], (), 1, kept=kept))
     assert model.shapes == [(1, 3)]         # the last token of an answer was drawn, but never run
+    list(generate(model, [PROMPTS[1]], (), 8, Sampling(), wanted=[(0, 0), (0, 1)], kept=kept))
+    turn = [*kept.tokens, 3]                # follows the second sample, which began in the first one's place
+    assert complete(model, [turn], new=8, kept=kept) == complete(tiny.load(path), [turn], new=8)
 
 
 def test_a_cancelled_call_stops_before_the_next_pass_and_leaves_a_cache_to_go_on_with(both):
