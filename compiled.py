@@ -145,8 +145,13 @@ def build(part: Part, path: Path) -> None:
 
 @functools.cache
 def load(path: Path) -> Callable:
-    """The compiled part: takes a list of inputs and weights, returns a list of one tensor.
+    """The compiled part: takes a list of inputs and weights, returns a list of one tensor. OSError if the file
+    is damaged.
 
     torch._inductor.aoti_load_package is this with 150 MB of Python modules around it.
     """
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).run
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).run
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be loaded; remove it, and --compile makes it anew: "
+                      f"{str(error).splitlines()[0]}") from None
