@@ -39,6 +39,9 @@ class Plan:
                 f"activations {activations:.2f})")
 
 
+declared = functools.cache(Transformer)         # R1 takes 0.1 s, and `largest` asks 30 times
+
+
 def plan(cfg: Config, rt: Runtime) -> Plan:
     """Count what one rank holds and reads; rt gives device, ranks, dtype, rows and lengths."""
     meta = replace(rt, device=torch.device("meta"))
@@ -52,9 +55,6 @@ def plan(cfg: Config, rt: Runtime) -> Plan:
     converted = rt.dtype.itemsize * max((t.shape[-2] * t.shape[-1] for t in matrices), default=0)
     return Plan(weights, held, cache.bytes_per_token(), converted + activations(model, rt),
                 held + sum(read_bytes(name, t, cfg, rt) for name, t in tensors.items()))
-
-
-declared = functools.cache(Transformer)         # R1 takes 0.1 s, and `largest` asks 30 times
 
 
 def stored_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int:

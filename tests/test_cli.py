@@ -94,9 +94,10 @@ def test_a_batch_comes_back_in_order_with_all_fields(folders):
 def test_two_ranks_and_converted_folders_write_the_same_bytes(name, folders):
     greedy = batch(folders, name, "1.jsonl", "--temperature", 0)
     assert batch(folders, name, "2.jsonl", "--temperature", 0, ranks=2) == greedy
-    seeded = batch(folders, name, "3.jsonl", "--seed", 5, "--batch-size", 1)
+    assert batch(folders, f"{name} mp2", "3.jsonl", "--temperature", 0, ranks=2) == greedy
+    seeded = batch(folders, name, "4.jsonl", "--seed", 5, "--batch-size", 1)
     assert seeded != greedy
-    assert batch(folders, f"{name} mp2", "4.jsonl", "--seed", 5, ranks=2) == seeded
+    assert batch(folders, f"{name} mp2", "5.jsonl", "--seed", 5, ranks=2) == seeded
 
 
 def test_ranks_with_different_seeds_produce_one_stream(folders, tmp_path):

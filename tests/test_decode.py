@@ -20,7 +20,7 @@ import decode
 import kernel
 from convert import Checkpoint, load_model
 from decode import Decoder
-from generate import Draw, Row, Sampling, chances, generate, main
+from generate import Draw, Kept, Row, Sampling, chances, generate, main
 from model import Block, Cache, Runtime, Shard
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -63,6 +63,19 @@ def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeyp
         dynamic, static = (complete(tiny.load(paths / family, rows=rows, max_seq_len=600, compile=compile),
                                     sampling=sampling) for compile in (False, True))
         assert static == dynamic
+
+
+def test_draws_of_all_seeds_share_a_graph(paths, monkeypatch):
+    monkeypatch.setattr(Decoder, "compiled", Decoder.replayed)
+    monkeypatch.setattr(Decoder, "captured", lambda self, step: step)
+    monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: function)
+    model = tiny.load(paths / "dense", rows=1, compile=True)
+    kept = Kept(Cache.allocate(model.cfg, model.rt))
+    for sampling in (Sampling(seed=1), Sampling(seed=2)):
+        list(generate(model, [[1, 2, 3]], (), 4, sampling, kept=kept))
+    assert len(kept.decoder.graphs) == 1
+    list(generate(model, [[1, 2, 3]], (), 4, Sampling(temperature=0), kept=kept))
+    assert len(kept.decoder.graphs) == 2
 
 
 @pytest.mark.parametrize("family", ["dense", "moe"])

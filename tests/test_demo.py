@@ -117,7 +117,7 @@ def test_ranks_formats_and_precisions_answer_alike(tmp_path):
     run = [tmp_path / "out.jsonl", "--input-file", file, "--dtype", "float32"]
     first = answers(*run)                                               # HuggingFace's folder, FP8, 1 process
     assert [record["finish_reason"] for record in first] == ["stop"] * len(QUESTIONS)
-    assert answers(*run, "--fp8", "dequant") == first
+    assert answers(*run, "--fp8", "dequant") == answers(*run, ranks=2) == first
     assert answers(*run, "--ckpt-path", tmp_path / "1None") == first
     assert answers(*run, "--ckpt-path", tmp_path / "2None", ranks=2) == first
     boxes = [demo_task.boxes(record["answer"]) for record in first]
