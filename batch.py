@@ -20,14 +20,17 @@ os.umask(UMASK)                     # what files of this process get; it can onl
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line."""
+    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line.
+
+    JSON lines are what a file named .jsonl or .json holds, or one whose first line begins with a brace.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
     if lines == [""]:
         raise ValueError(f"{path}: holds no prompt")
-    is_json = path.suffix in (".jsonl", ".json") or lines[0].startswith("{")
+    is_json = path.suffix in (".jsonl", ".json") or lines[0].lstrip().startswith("{")
     return [read_record(line, is_json, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -40,17 +43,22 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: not valid Unicode: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise ValueError(f"{where}: not JSON: {error}; each line is an object of its own") from None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
     key, kind = ("prompt", str) if "prompt" in record else ("messages", list)
-    if not (isinstance(record[key], kind) and record[key]):
+    if not isinstance(record[key], kind) or not record[key] or kind is str and not record[key].strip():
         raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")
     return record
 
 
 def as_messages(record: dict) -> list[dict]:
     return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+
+
+# What has changed if one of the settings that are hashes has
+HASHES = {"checkpoint": "another checkpoint, or another state of its files",
+          "prompts": "other prompts: another --input-file, --boxed, --allow-system or chat template"}
 
 
 class Results:
@@ -70,22 +78,29 @@ class Results:
             return
         if not resume:
             raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
+        whole = part.read_bytes().rpartition(b"\n")[0]           # without a line that was cut short
+        number = 1
         try:
-            whole = part.read_bytes().rpartition(b"\n")[0]       # without a line that was cut short
-            head, *made = [json.loads(line) for line in whole.decode("utf-8").split("\n")]
-            self.records = {(record["index"], record["sample"]): record for record in made}
-            self._compare(head)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
-            raise ValueError(f"{part}: not made by this program; move it away") from None
+            for number, line in enumerate(whole.split(b"\n"), 1):
+                record = json.loads(line.decode("utf-8"))
+                if number == 1:
+                    self._compare(record)
+                else:
+                    self.records[record["index"], record["sample"]] = record
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(f"{part}, line {number}: not made by this program, or damaged; "
+                             f"{'move the file away' if number == 1 else 'remove the line'}") from None
 
     def _compare(self, head: dict) -> None:
-        """The settings that a resumed run was started with must be those of this one."""
-        for key, made in head.items():
-            if key == "seed" and self.settings[key] is None:
-                self.settings[key] = made               # a new run draws one, a resumed one keeps it
-            if self.settings.get(key) != made:
-                raise ValueError(f"{self.part}: made with {key} {made!r}, not {self.settings.get(key)!r}; "
-                                 f"--resume needs the same settings, or remove it")
+        """The settings that a resumed run was started with must be those of this one. TypeError, KeyError:
+        they are no settings."""
+        for key, now in self.settings.items():
+            if key == "seed" and now is None:
+                self.settings[key] = now = head[key]    # a new run draws one, a resumed one keeps it
+            if now != head[key]:
+                change = f"made with {key} {head[key]!r}, not {now!r}" if key not in HASHES else \
+                         f"made with {HASHES[key]}"
+                raise ValueError(f"{self.part}: {change}; --resume needs the same settings, or remove it")
 
     def open(self) -> None:
         """Start the file of parts, or cut off what an interrupted line left of it."""

@@ -70,6 +70,8 @@ class Tokenizer:
         template = config.get("chat_template")
         if isinstance(template, list):              # several templates, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError(f"chat_template is {template!r}; it must be a text, or a list of named ones")
         self.chat_template = template
 
     def _named(self, config, key):
@@ -130,11 +132,13 @@ class Chat:
         self.tokenizer, has = tokenizer, lambda tokens: all(tokenizer.token_id(t) is not None for t in tokens)
         if has([USER, ASSISTANT, THINK]) and tokenizer.bos and tokenizer.eos:
             self.style = "r1" if has(TOOLS) else "distill"
-        elif tokenizer.chat_template:
-            self.style = "jinja"
+        elif (tokenizer.chat_template or "").strip():
+            self.style, self.template = "jinja", _template(tokenizer)
         else:
+            absent = "" if (tokenizer.folder / "tokenizer_config.json").exists() else "; the folder has no " \
+                     "tokenizer_config.json, which would name them"
             raise ValueError(f"{tokenizer.folder}: unknown conversation format: neither a chat template nor "
-                             f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token)")
+                             f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token){absent}")
 
     def check(self, messages):
         """ValueError names a malformed message and its field."""
@@ -215,24 +219,31 @@ class Chat:
         return text + end if self.style == "r1" else text
 
     def _jinja(self, messages, add_generation_prompt):
-        import jinja2.sandbox                       # sandboxed: a template is somebody else's code
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja2's own escapes HTML
-        env.globals["raise_exception"] = raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         tokens = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
         tokens = {name: token for name, token in tokens.items() if token}   # undefined prints "", None "None"
         try:
-            return env.from_string(self.tokenizer.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                **tokens)
+            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                        tools=None, documents=None, **tokens)
         except Exception as error:                  # whatever somebody else's code raises
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _template(tokenizer):
+    """A checkpoint's own template with what HuggingFace gives to it. ValueError: it cannot be read."""
+    import jinja2.sandbox                           # sandboxed: a template is somebody else's code
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)         # jinja2's own escapes HTML
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return env.from_string(tokenizer.chat_template)
+    except Exception as error:
+        raise ValueError(f"{tokenizer.folder}: the chat template cannot be read: {error}") from error
 
 
 class TextStream:

@@ -119,7 +119,7 @@ def read_json(path: Path, **kinds: type) -> dict:
 def load_config(path: Path) -> Config:
     """Read a config file, HuggingFace's (it has a model_type) or ours. ValueError names file and key."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; pass --config if the config lies elsewhere")
+        raise FileNotFoundError(f"{path}: no such file")
     data = read_json(path)
     theirs = "model_type" in data
     try:
@@ -245,7 +245,10 @@ class Checkpoint:
             self.manifest = read_json(manifest, model_parallel=int, dtype=str, files=dict)
         elif any(self.folder.glob("model*-mp*.safetensors*")):
             raise ValueError(f"{folder}: an unfinished conversion (no {MANIFEST}); run convert.py again")
-        self.cfg = load_config(Path(config) if config else self.folder / "config.json")
+        own = self.folder / "config.json"
+        if not (config or own.exists()):
+            raise FileNotFoundError(f"{own}: no such file; pass --config if the config lies elsewhere")
+        self.cfg = load_config(Path(config or own))
         self.files = self._list_files()
         self.where: dict[str, Path] = {}            # tensor -> the file that holds it
         self.notes: list[str] = []                  # what a plan leaves out, and why

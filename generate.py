@@ -468,6 +468,9 @@ def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) ->
         except ValueError as error:
             raise ValueError(f"{where(args, number)}: {error}") from None
         moved |= folded
+        if messages and messages[-1]["role"] == "assistant":
+            print(f"{where(args, number)}: the last message is an answer already; another one will follow it",
+                  file=sys.stderr)
     if moved:
         print("system messages were moved into the user's turn, as R1's README advises; --allow-system keeps "
               "them", file=sys.stderr)
@@ -497,9 +500,9 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
                              f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
     flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "think_budget", "stop_loops",
              "dtype", "fp8")
-    settings = {flag: getattr(args, flag) for flag in flags}
-    settings |= {"max_seq_len": max_seq_len, "checkpoint": fingerprint(checkpoint),
-                 "prompts": hashlib.sha256(json.dumps([records, prompts]).encode()).hexdigest()[:16]}
+    settings = {"checkpoint": fingerprint(checkpoint),
+                "prompts": hashlib.sha256(json.dumps([records, prompts]).encode()).hexdigest()[:16],
+                **{flag: getattr(args, flag) for flag in flags}, "max_seq_len": max_seq_len}
     results = Results(args.output_file, settings, args.resume)
     if settings["seed"] is None:
         settings["seed"] = int.from_bytes(os.urandom(4), "big")
@@ -647,7 +650,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--num-samples goes with --input-file")
     if args.resume and not args.output_file:
         parser.error("--resume goes with --output-file")
-    if args.prompt == "":
+    if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
     return args
 

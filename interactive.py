@@ -131,18 +131,20 @@ class Conversation:
         """Ask what was typed; the ids to be answered, None if it is blank."""
         if not question.strip():
             return None
-        question = self.attached(question) if self.attached else question
-        prompt = self.ask(question + "\n" + BOXED if self.boxed else question, self.messages)
-        self.attached = None
-        return prompt
+        attached, self.attached = self.attached, None
+        question = attached(question) if attached else question
+        try:
+            return self.ask(question + "\n" + BOXED if self.boxed else question, self.messages)
+        except ValueError as error:
+            raise ValueError(f"{error}{'; what was attached is put away' * bool(attached)}") from None
 
     def ask(self, question: str, past: list[dict]) -> list[int]:
         """Put a question after `past`. ValueError, and all stays as it is, if it has no room or no sense."""
         messages = [*past, {"role": "user", "content": question}]
         prompt = self.chat.encode(messages)
         if len(prompt) >= self.max_seq_len:
-            raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}; /clear "
-                             f"starts anew")
+            raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}"
+                             f"{'; /clear starts anew' * bool(past)}")
         self.messages, self.last, self.answered = messages, question, False
         return prompt
 

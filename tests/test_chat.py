@@ -152,7 +152,8 @@ def test_a_template_that_thinks_is_noticed_and_one_with_two_bos_refused(tmp_path
 
 
 @pytest.mark.parametrize("template, says", [
-    (LLAMA2, "roles must alternate"), ("{% if %}", "refuses"), ("{{ messages[0].gone.x }}", "gone"),
+    (LLAMA2, "roles must alternate"), ("{% if %}", "cannot be read"), (" \n", "neither a chat template"),
+    (3, "must be a text"), ("{{ messages[0].gone.x }}", "gone"),
     ("{{ messages.append(1) }}", "safe"), ("{{ 1 + messages[0].content }}", "operand"),
     ("{{ 1 // 0 }}", "division"), ("{% for _ in range(10 ** 9) %}{% endfor %}", "too big")])
 def test_a_template_that_refuses_says_why(tmp_path, template, says):
@@ -164,6 +165,9 @@ def test_a_template_that_refuses_says_why(tmp_path, template, says):
 def test_without_role_tokens_and_template_there_is_no_format(tmp_path):
     with pytest.raises(ValueError, match="neither a chat template nor R1's tokens"):
         Chat(Tokenizer(write_tokenizer(tmp_path, tokens=[])))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="the folder has no tokenizer_config.json"):
+        Chat(Tokenizer(tmp_path))
 
 
 SPLITS = [  # completion, thinking, reasoning, answer, finished

@@ -163,7 +163,8 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
             assert job.poll() is None
             time.sleep(0.001)
         job.kill()
-    part.write_bytes(part.read_bytes() + '{"index": 2, "prompt": "你'.encode()[:-1])    # cut in a character
+    half = part.read_bytes() + '{"index": 2, "prompt": "你'.encode()[:-1]               # cut in a character
+    part.write_bytes(half)
     assert not out.exists()
     for more, word in (([], "--resume goes on with it"),
                        (["--resume", "--top-p", "0.9"], "made with top_p 0.95")):
@@ -174,10 +175,18 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
     assert out.read_bytes() == whole.read_bytes() and not part.exists()
     code, error = main(out, "--resume")
     assert code == 2 and "complete; there is nothing to resume" in error
-    for junk in (b"[1]", b"hello\n", b'{}\n{"a": 1}\n', b"\xff\n"):
+    for junk in (b"[1]", b"hello\n", b'{}\n{"a": 1}\n', b"{}\n", b"\xff\n"):
         part.write_bytes(junk)
         code, error = main(out, "--resume")
-        assert code == 2 and "not made by this program" in error
+        assert code == 2 and "part, line 1: not made by this program" in error
+    head, first, *rest = half.split(b"\n")
+    for junk in (b"{}", b"7", first[:-2], b"\xff"):
+        part.write_bytes(b"\n".join([head, first, junk, *rest]))
+        code, error = main(out, "--resume")
+        assert code == 2 and "part, line 3: " in error and "remove the line" in error
+    part.write_bytes(half)
+    code, error = main(out, "--resume", "--boxed")
+    assert code == 2 and "made with other prompts: another --input-file, --boxed" in error
 
 
 def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
@@ -198,6 +207,14 @@ def test_r1s_advice_is_given_and_followed(folders, tmp_path, capsys):
     assert boxed.endswith("final answer within \\boxed{}.<｜Assistant｜><think>\n")
     error = capsys.readouterr().err
     assert error.count("moved into the user's turn") == 2 and error.count("advises 0.5 to 0.7") == 1
+
+
+def test_a_conversation_that_ends_with_an_answer_is_remarked_on(folders, tmp_path, capsys):
+    (tmp_path / "p.json").write_text('{"messages": [{"role": "user", "content": "1 + 1?"},'
+                                     ' {"role": "assistant", "content": "2"}]}')
+    assert generate.main(["--ckpt-path", str(folders / "hf"), "--input-file", str(tmp_path / "p.json"),
+                          "--max-new-tokens", "1"]) == 0
+    assert "p.json, line 1: the last message is an answer already" in capsys.readouterr().err
 
 
 def test_a_think_budget_and_loops_are_followed_in_files_and_written_down(folders, tmp_path):
@@ -253,6 +270,8 @@ PROMPT_FILES = {
     "neither field": (b'{"text": "a"}\n', "line 1: needs"),
     "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
     "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
+    "blank prompt": (b'{"prompt": " "}\n', "line 1: 'prompt' is ' '"),
+    "over several lines": (b'[\n{"prompt": "a"}\n]\n', "each line is an object of its own"),
     "half a character": (b'{"prompt": "\\ud83d"}\n', "line 1: not valid Unicode"),
     "half a name": (b'{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', "line 1: not"),
     "endless nesting": (b"[" * 100_000, "line 1: not JSON"),

@@ -301,6 +301,11 @@ def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
         conversation.add("", "Well.")
         asked(conversation, "And now?")
         assert conversation.messages[-1]["content"] == "And now?"           # one question only
+    (tmp_path / "long.txt").write_text("好" * 100)
+    conversation = Conversation(demo, 100, boxed=False)
+    assert asked(conversation, f"/file {tmp_path / 'long.txt'}", "Why?", "So?").startswith("<｜User｜>So?")
+    out = capsys.readouterr().out
+    assert "--max-seq-len is 100; what was attached is put away" in out and "/clear" not in out
 
 
 def test_commands_that_cannot_be_obeyed_say_why_and_the_chat_goes_on(demo, tmp_path, capsys):
