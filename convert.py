@@ -160,7 +160,7 @@ def config_from_hf(data: dict) -> Config:
         raise ValueError("key 'layer_types' has more than 'full_attention'")
     ours |= {"tie_embeddings": keys.pop("tie_word_embeddings", False), "rope": _rope(keys),
              "dtype": keys.pop("torch_dtype", None) or take({"dtype": "dtype"})["dtype"],
-             "fp8": _is_block_fp8(keys.pop("quantization_config", None))}
+             **_fp8(keys.pop("quantization_config", None))}
     keys.pop("dtype", None)
     if keys:
         raise ValueError(f"unknown key {min(keys)!r} (value {keys[min(keys)]!r}): it might change the model; "
@@ -177,7 +177,10 @@ def _name_theirs(error: ValueError) -> str:
 
 def _rope(keys: dict) -> dict:
     """Our `rope` group, from rope_theta and rope_scaling (published files) or rope_parameters (newer)."""
-    scaling = {**(keys.pop("rope_scaling", None) or {}), **(keys.pop("rope_parameters", None) or {})}
+    old, new = keys.pop("rope_scaling", None), keys.pop("rope_parameters", None)
+    if old and new and old != new:
+        raise ValueError(f"keys 'rope_scaling' and 'rope_parameters' differ ({old} and {new}); remove one")
+    scaling = {key: value for key, value in (old or new or {}).items() if value is not None}
     top_level = keys.pop("rope_theta", None)
     theta = scaling.pop("rope_theta", top_level)
     if theta is None:
@@ -190,21 +193,24 @@ def _rope(keys: dict) -> dict:
     if unknown := scaling.keys() - names.values():
         raise ValueError(f"unknown rope key {min(unknown)!r} for rope type {kind!r}")
     for key in ("factor", "original_max_position_embeddings"):
-        if key in names.values() and scaling.get(key) is None:
+        if key in names.values() and key not in scaling:
             raise ValueError(f"missing key {key!r} for rope type {kind!r}")
-    given = {ours: scaling[theirs] for ours, theirs in names.items() if scaling.get(theirs) is not None}
+    given = {ours: scaling[theirs] for ours, theirs in names.items() if theirs in scaling}
     return {"kind": "plain" if kind == "default" else kind, "theta": theta, **given}
 
 
-def _is_block_fp8(quantization: dict | None) -> bool:
+def _fp8(quantization: dict | None) -> dict:
+    """Our keys about FP8. Which modules are quantised, the checkpoint's tensors say themselves."""
     if quantization is None:
-        return False
-    wanted = {"quant_method": "fp8", "weight_block_size": [kernel.BLOCK, kernel.BLOCK]}
-    for key, value in wanted.items():
-        if quantization.get(key) != value:
-            raise ValueError(f"key 'quantization_config.{key}' is {quantization.get(key)!r}; "
-                             f"only {value!r} is supported")
-    return True
+        return {}
+    wanted = {"quant_method": ["fp8"], "weight_block_size": [[kernel.BLOCK, kernel.BLOCK]],
+              "fmt": ["e4m3", None], "activation_scheme": ["dynamic", None],
+              "scale_fmt": ["float", "ue8m0", None]}
+    for key, accepted in wanted.items():
+        if quantization.get(key) not in accepted:
+            raise ValueError(f"key 'quantization_config.{key}' is {quantization.get(key)!r}; supported: "
+                             f"{', '.join(repr(value) for value in accepted if value)}")
+    return {"fp8": True, "ue8m0": quantization.get("scale_fmt") == "ue8m0"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,6 +236,11 @@ def source_keys(name: str, experts: int) -> tuple[list[str], int | None]:
     leaf = "e_score_correction_bias" if (module, leaf) == ("ffn.gate", "bias") else LEAVES[leaf]
     key = f"model.layers.{layer}.{theirs}.{leaf}" if layer else f"{theirs}.{leaf}"
     return [key.format(e=e) for e in range(experts)] if "{e}" in key else [key], cut
+
+
+def _is_precise_gate(name: str, stored: torch.dtype) -> bool:
+    """Whether this tensor stays in fp32, as in HuggingFace: a gate's choices flip on rounding."""
+    return name.endswith("gate.weight") and stored == torch.float32
 
 
 class Checkpoint:
@@ -259,10 +270,10 @@ class Checkpoint:
         sizes = {}
         if self.manifest:
             names = sizes = self.manifest["files"]
-        elif index.exists():
-            names = set(map(str, read_json(index, weight_map=dict)["weight_map"].values()))
         elif single.exists():
             names = [single.name]
+        elif index.exists():
+            names = set(map(str, read_json(index, weight_map=dict)["weight_map"].values()))
         else:
             raise FileNotFoundError(f"{self.folder}: neither {index.name} nor {single.name} in here")
         files = [self.folder / name for name in sorted(names)]
@@ -315,7 +326,8 @@ class Checkpoint:
         accepted, shape = {t.dtype} if exact else HIGH_PRECISION, list(t.shape)
         if self.manifest:
             stored = self._check(name, shape, accepted)
-            return Entry(name, [name], shape, stored if as_stored else t.dtype)
+            keep = as_stored or _is_precise_gate(name, stored)
+            return Entry(name, [name], shape, stored if keep else t.dtype)
         keys, cut = source_keys(name, experts=shape[0])
         full = shape[-2:] if len(keys) > 1 else shape.copy()            # of one tensor of the source
         if cut is not None:
@@ -335,7 +347,8 @@ class Checkpoint:
             if t.dtype == kernel.FP8:
                 raise ValueError(f"{self.folder}: {keys[0]} is FP8, whose rows cannot change places among "
                                  f"their blocks; convert with --dtype bf16")
-        return Entry(name, keys, shape, stored if as_stored and not scales else t.dtype, cut, heads, scales)
+        keep = as_stored and not scales or _is_precise_gate(name, stored)
+        return Entry(name, keys, shape, stored if keep else t.dtype, cut, heads, scales)
 
     def _check(self, key: str, shape: list[int], accepted: set[torch.dtype]) -> torch.dtype:
         """The dtype of tensor `key`, if it is there, has this shape, and is stored in an accepted dtype."""
@@ -357,12 +370,25 @@ class Checkpoint:
             layer = re.match(r"model\.layers\.(\d+)\.", key)
             if layer and int(layer[1]) >= self.cfg.n_layers and f"{layer[0]}eh_proj.weight" in keys:
                 mtp[layer[1]] = mtp.get(layer[1], 0) + 1
+            elif 0 in self.header(self.where[key])[key][1]:     # HuggingFace's for no shared experts
+                continue
             elif key == "lm_head.weight" and self.cfg.tie_embeddings:
+                self._check_tied(key, "model.embed_tokens.weight")
                 notes.append("left out lm_head.weight: the config ties it to the embedding")
             elif not key.endswith("rotary_emb.inv_freq"):      # old Llama files carry what the config implies
                 raise ValueError(f"{self.where[key]}: tensor {key} is not part of this model")
         return notes + [f"left out layer {layer} ({n} tensors): the multi-token prediction module, made for "
                         f"training and speculative decoding" for layer, n in mtp.items()]
+
+    def _check_tied(self, head: str, embed: str) -> None:
+        """ValueError if a head that the config ties to the embedding is there and differs from it. (Then
+        HuggingFace, too, leaves them untied.)"""
+        (_, shape), (_, other) = (self.header(self.where[key])[key] for key in (head, embed))
+        pieces = ((start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096))
+        if shape != other or not all(torch.equal(self.read(head, 0, *piece).float(),
+                                                 self.read(embed, 0, *piece).float()) for piece in pieces):
+            raise ValueError(f"{self.where[head]}: tensor {head} differs from {embed}, to which the config ties "
+                             f"it; set tie_word_embeddings to false in config.json, or remove the tensor")
 
     def tensors(self, entries: list[Entry], tp: Shard) -> Iterator[tuple[Entry, int | None, Tensor]]:
         """One rank's tensors in order: (entry, expert or None, tensor), experts of a stack one by one."""
@@ -431,7 +457,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     """Write `out`: one file per rank, then tokenizer, config and manifest. Memory: one tensor at a time.
 
     Files get their names when all are complete; an interrupted conversion goes on where it stopped. `dtype`
-    None keeps every tensor as it is stored; bfloat16 dequantises FP8, and casts all but the gate's fp32 bias.
+    None keeps every tensor as it is stored; bfloat16 dequantises FP8, and casts all but a gate in fp32.
     ValueError, before any output, if anything does not fit.
     """
     if checkpoint.manifest or out.resolve() == checkpoint.folder.resolve():

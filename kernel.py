@@ -17,8 +17,8 @@ that call them; 5 a kernel for attention when tokens are decoded. Kernels exist 
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
 also wkv_b, which absorbed attention uses in two parts, head by head.
-Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts
-(section 5 has model.py's).
+Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts,
+s slots (a token at one of its experts), t tiles of slots (section 5 has model.py's letters).
 """
 import functools
 import math

@@ -1,7 +1,7 @@
 """Memory, counted before it is needed: what one rank holds, and what its machine has left for it.
 
 No weights are needed: the model is built without memory, and its tensors are counted. Weights and cache are
-exact to the byte; activations are an upper bound on what one prefill chunk holds at once. generate.py refuses
+exact to the byte, but for gates that a checkpoint has in fp32 (R1 has not); activations are an upper bound on what one prefill chunk holds at once. generate.py refuses
 with this what cannot fit; tools/plan.py prints it.
 """
 import ctypes

@@ -63,6 +63,8 @@ class RopeConfig:
         if self.kind != "plain" and not (self.factor >= 1 and self.original_context_len > 0):
             raise ValueError(f"rope.kind {self.kind} needs factor >= 1 and original_context_len > 0; "
                              f"got {self.factor} and {self.original_context_len}")
+        if self.kind != "yarn" and self.mscale_all_dim:
+            raise ValueError(f"rope.mscale_all_dim is {self.mscale_all_dim}; only kind yarn has one")
         if self.theta <= 1:
             raise ValueError(f"rope.theta is {self.theta}; it must be over 1")
         if self.low_freq_factor >= self.high_freq_factor:
@@ -130,6 +132,7 @@ class Config:
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     fp8: bool = False                   # the layers' weights are block-wise e4m3 (kernel.py)
+    ue8m0: bool = False                 # scales of FP8 activations are powers of two (V3.1; not R1)
 
     def __post_init__(self):
         if (self.gqa is None) == (self.mla is None):
@@ -272,7 +275,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
             return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
         low = max(math.floor(pair_turning(rope.beta_fast)), 0)                  # R1: 10
         high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)            # R1: 23
-        ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
         slow = ramp.clamp(0, 1)                                                 # [r/2] 0 keep, 1 slow down
         freqs = freqs * (1 - slow) + freqs / rope.factor * slow
         mscale = yarn_mscale(rope.factor, 1.0)
@@ -401,7 +404,7 @@ class Linear(nn.Module):
     def __init__(self, n_in: int, n_out: int, cfg: Config, rt: Runtime, bias: bool = False,
                  experts: tuple = ()):
         super().__init__()
-        self.fp8 = rt.fp8
+        self.fp8, self.ue8m0 = rt.fp8, cfg.ue8m0
         self.weight = declare(*experts, n_out, n_in, dtype=kernel.FP8 if cfg.fp8 else rt.dtype)
         self.bias = declare(n_out, dtype=rt.dtype) if bias else None
         blocks = (*experts, kernel.n_blocks(n_out), kernel.n_blocks(n_in))
@@ -417,7 +420,7 @@ class Linear(nn.Module):
         if scale is None:
             return kernel.linear(x, weight, self.bias)
         if self.fp8 == "gemm":                                  # no FP8 checkpoint has a bias
-            return kernel.fp8_gemm(*kernel.act_quant(x), weight, scale, x.dtype)
+            return kernel.fp8_gemm(*kernel.act_quant(x, self.ue8m0), weight, scale, x.dtype)
         if kernel.few(x):
             return kernel.matvec(x, weight, scale)
         return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
@@ -551,8 +554,8 @@ class GQA(nn.Module):
 
 
 def per_head(x: Tensor, w: Tensor) -> Tensor:
-    """A matrix for each head: x [b, s, h, i], w [h, i, o] -> [b, s, h, o]."""
-    y = kernel.matmul(x.flatten(0, 1).transpose(0, 1), w)                       # [h, b * s, o]
+    """A matrix for each head: x [b, s, h, in], w [h, in, out] -> [b, s, h, out]."""
+    y = kernel.matmul(x.flatten(0, 1).transpose(0, 1), w)                       # [h, b * s, out]
     return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
@@ -590,8 +593,7 @@ class MLA(nn.Module):
         self.scale = (self.d + self.r) ** -0.5 * mscale ** 2                    # R1: 192^-1/2 * 1.874 = 0.135
         # Products per head and slot, s queries: s * (2c + r) absorbed, c * (d + v) + s * (d + r + v) expanded
         extra = (2 * self.c + self.r) - (self.d + self.r + self.v)
-        break_even = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize
-        self.absorb_up_to = break_even                                          # queries; R1: 170
+        self.absorb_up_to = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize       # R1: 170
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
         """x [b, s, m], cache: one buffer [b, t, c+r] -> this rank's partial sum [b, s, m]."""
@@ -619,7 +621,7 @@ class MLA(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
-        w_k, w_v = self._up_projections(q_nope.dtype)                           # [h/P, d, c], [h/P, v, c]
+        w_k, w_v = self._up_projections()                                       # [h/P, d, c], [h/P, v, c]
         q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
         q, bias = torch.cat([q_c, q_pe], dim=-1), step.bias                     # [b, s, h/P, c+r]
         keys = latents[:, :, None]                                              # [b, t, 1, c+r]: of all heads
@@ -636,9 +638,9 @@ class MLA(nn.Module):
             o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)  # [b, s, h/P, c]
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
-    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head."""
-        self.wkv_b.dequantise(dtype)            # nothing is left to do after convert.load_model
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head, so
+        that convert.load_model takes it out of FP8."""
         return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
 
 
@@ -673,7 +675,8 @@ class Gate(nn.Module):
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
         self.moe = cfg.moe
-        self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)        # e_i of V3 Eq. 15
+        # e_i of V3 Eq. 15. In fp32 if they are so in the checkpoint, which R1's are not
+        self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)
         bias = torch.empty(cfg.moe.n_routed_experts, dtype=torch.float32, device="meta")
         self.register_buffer("bias", bias)                                      # b_i of V3 Eq. 16
 
@@ -706,17 +709,17 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
-        self.moe = moe = cfg.moe
+        self.moe, self.ue8m0 = (moe := cfg.moe), cfg.ue8m0
         self.gate = Gate(cfg, rt)
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
-        self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt)
+        self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt) if moe.n_shared_experts else None
         self.grouped = cfg.fp8 and rt.fp8 == "gemm" and kernel.path(rt.device) == "triton"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, m] -> this rank's partial sum [b, s, m], added up in fp32."""
         tokens = x.flatten(0, 1)                                                # [n, m]
         weights, experts = self.gate(tokens)                                    # [n, k] each
-        if self.moe.n_shared_experts:
+        if self.shared:
             y = self.shared(tokens).float()                                     # [n, m]
         else:
             y = torch.zeros_like(tokens, dtype=torch.float32)
@@ -735,10 +738,10 @@ class MoE(nn.Module):
         """The loop's sum [n, m] in two launches. The host need not wait to hear who was chosen."""
         w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
         groups = kernel.group(experts, n_experts=len(w1.weight))                # slots [n * k], by expert
-        gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens), [w1.weight, w3.weight],
+        gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens, self.ue8m0), [w1.weight, w3.weight],
                                            [w1.scale, w3.scale], groups, tokens.dtype)      # [n * k, f/P]
-        out, = kernel.grouped_fp8_gemm(*kernel.act_quant(F.silu(gate) * up), [w2.weight], [w2.scale],
-                                       groups, tokens.dtype)                    # [n * k, m]
+        inner = kernel.act_quant(F.silu(gate) * up, self.ue8m0)
+        out, = kernel.grouped_fp8_gemm(*inner, [w2.weight], [w2.scale], groups, tokens.dtype)   # [n * k, m]
         return (weights[..., None] * out.unflatten(0, weights.shape)).sum(1)    # V3 Eq. 12 [n, m]
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import convert
 from convert import Checkpoint, load_model
@@ -68,3 +69,35 @@ def test_a_second_copy_of_a_tied_embedding_is_left_out_with_a_line_that_says_so(
     checkpoint = Checkpoint(tmp_path)
     load_model(checkpoint, Runtime())
     assert checkpoint.notes == ["left out lm_head.weight: the config ties it to the embedding"]
+
+
+@pytest.mark.parametrize("change", [lambda head: head.narrow(0, 0, 100).clone(),
+                                    lambda head: torch.cat([head[:-1], head[-1:] + 1])], ids=["shape", "row"])
+def test_a_head_that_differs_from_the_embedding_to_which_it_is_tied_is_refused(change, tmp_path, capsys):
+    """HuggingFace leaves the two untied then, so to drop either would be another model."""
+    tiny.write(tmp_path / "hf", tiny.llama(tie_word_embeddings=True, vocab_size=5000))
+    edit(tmp_path / "hf", lambda t: t.update({"lm_head.weight": change(t["model.embed_tokens.weight"])}))
+    assert convert.main(["--hf-ckpt-path", str(tmp_path / "hf"), "--save-path", str(tmp_path / "out")]) == 2
+    assert "lm_head.weight differs from model.embed_tokens.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_there_are_none_of_need_no_tensors(tmp_path):
+    """HuggingFace writes them with 0 rows, and does not miss them either."""
+    tiny.write(tmp_path, tiny.deepseek(n_shared_experts=0))
+    tokens = torch.arange(20)[None]
+    expected = tiny.logits(tiny.load(tmp_path), tokens)
+    size = len(load_file(tmp_path / "model.safetensors"))
+    edit(tmp_path, lambda t: [t.pop(key) for key in list(t) if "shared_experts" in key])
+    assert len(load_file(tmp_path / "model.safetensors")) < size
+    assert torch.equal(tiny.logits(tiny.load(tmp_path), tokens), expected)
+
+
+def test_one_file_is_read_before_an_index_as_in_huggingface(tmp_path):
+    tiny.write(tmp_path, tiny.llama(), seed=1)
+    one = (tmp_path / "model.safetensors").read_bytes()
+    tiny.write(tmp_path, tiny.llama(), seed=2)
+    tiny.split_file(tmp_path, 2)
+    (tmp_path / "model.safetensors").write_bytes(one)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(tiny.load(tmp_path).embed.weight, theirs.model.embed_tokens.weight)

@@ -44,6 +44,7 @@ R1_HF = dict(
                       beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
     quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
                              weight_block_size=[128, 128]))
+FP8 = R1_HF["quantization_config"]
 
 
 def dense_hf(family, dim, inter, layers, heads, kv_heads, vocab, theta, eps, **more) -> dict:
@@ -132,6 +133,13 @@ def test_the_published_huggingface_configs_are_ours():
         assert config_from_hf(hf) == Config.from_json(ROOT / f"configs/distill_{name}.json")
 
 
+def test_settings_without_a_value_and_scales_of_v31_are_read():
+    nothing = {**R1_HF["rope_scaling"], "attention_factor": None, "rope_theta": None}
+    assert config_from_hf({**R1_HF, "rope_scaling": nothing}) == Config.from_json(R1)
+    v31 = config_from_hf({**R1_HF, "quantization_config": {**FP8, "scale_fmt": "ue8m0"}})
+    assert v31 == replace(Config.from_json(R1), ue8m0=True)
+
+
 def test_new_style_keys_mean_the_same():
     old = ("rope_theta", "rope_scaling", "torch_dtype")
     new = {key: value for key, value in R1_HF.items() if key not in old}
@@ -152,6 +160,10 @@ def test_new_style_keys_mean_the_same():
     (dict(rope_scaling=dict(R1_HF["rope_scaling"], truncate=False)), "truncate"),
     (dict(quantization_config=dict(quant_method="gptq")), "quant_method"),
     (dict(quantization_config=dict(quant_method="fp8", weight_block_size=[64, 64])), "weight_block_size"),
+    (dict(quantization_config={**FP8, "fmt": "e5m2"}), "quantization_config.fmt' is 'e5m2'"),
+    (dict(quantization_config={**FP8, "activation_scheme": "static"}), "activation_scheme"),
+    (dict(quantization_config={**FP8, "scale_fmt": "e4m3"}), "'float', 'ue8m0'"),
+    (dict(rope_parameters={**R1_HF["rope_scaling"], "factor": 8}), "'rope_scaling' and 'rope_parameters' differ"),
     (dict(layer_types=[["full_attention"]]), "layer_types"),
     (dict(rope_scaling=dict(rope_type=["x"])), "rope type"), (dict(rms_norm_eps=math.nan), "rms_norm_eps"),
     (dict(hidden_size=...), "hidden_size"), (dict(rope_theta=...), "rope_theta"),
@@ -185,6 +197,7 @@ def test_a_dense_checkpoint_with_a_sliding_window_is_refused():
     (lambda d: d["rope"].update(beta_fast=0), "rope.beta_fast"),
     (lambda d: d["rope"].update(theta=1.0), "rope.theta is 1.0"),
     (lambda d: d["rope"].update(low_freq_factor=4.0), "rope.low_freq_factor is 4.0"),
+    (lambda d: d["rope"].update(kind="plain"), "rope.mscale_all_dim is 1.0; only kind yarn"),
     (lambda d: d.update(norm_eps=math.nan), "key 'norm_eps' is nan"),
     (lambda d: d.update(mla=None), "'gqa' and 'mla'"),
     (lambda d: d.update(dtype="int4"), "int4"), (lambda d: d["rope"].update(kind="spiral"), "spiral"),

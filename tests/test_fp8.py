@@ -7,6 +7,8 @@ summation (relative Frobenius error 1e-6; 1e-7 is typical) and, when it leaves a
 logit scale in fp32; comparing with unquantised weights would mean nothing, since FP8 re-routes a fifth of the
 tokens of a tiny model.
 """
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -375,6 +377,27 @@ def test_fp8_activations_give_the_logits_of_a_float64_linear_on_quantised_operan
     assert_same(ours, tiny.logits(model, TOKENS[:1, :1]))
     error = (ours - dequantised_logits[:1, :1]).abs().mean()
     assert 1e-3 < error < 0.5 * dequantised_logits.std()       # activations really were quantised, and mildly
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_checkpoint_that_asks_for_it_has_activation_scales_that_are_powers_of_two(grouped, checkpoint,
+                                                                                    tmp_path, monkeypatch):
+    """DeepSeek-V3.1 does ("scale_fmt"); R1, whose files are like the fixture's, does not."""
+    path, ue8m0 = checkpoint[0], tmp_path / "ue8m0"
+    shutil.copytree(path, ue8m0)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    tiny.edit_config(ue8m0, quantization_config={**config, "scale_fmt": "ue8m0"})
+    scales, original = [], kernel.act_quant
+    monkeypatch.setattr(kernel, "act_quant", lambda *args: scales.append(original(*args)) or scales[-1])
+    for folder, powers in ((path, False), (ue8m0, True)):
+        model = tiny.load(folder, fp8="gemm")
+        for layer in model.layers[1:]:
+            layer.ffn.grouped = grouped
+        tiny.logits(model, TOKENS[:1, :8])
+        used = torch.cat([scale.flatten() for _, scale in scales])
+        is_power = used.log2() == used.log2().round()
+        assert is_power.all() if powers else is_power.float().mean() < 0.1
+        scales.clear()
 
 
 def test_a_linear_layer_on_fp8_activations_equals_the_float64_formula(checkpoint):

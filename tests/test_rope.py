@@ -58,10 +58,11 @@ def test_llama3_scaling_keeps_short_waves_slows_long_ones_and_blends_between():
     assert factor == 1.0
 
 
-@pytest.mark.parametrize("mscale, all_dim",
-                         [(1.0, 1.0), (0.707, 0.707), (1.0, 0.707), (1.0, None), (None, None)])
-def test_frequencies_and_factor_equal_huggingface(mscale, all_dim):
-    scaling = {**tiny.YARN, "mscale": mscale, "mscale_all_dim": all_dim}
+@pytest.mark.parametrize("more", [{"mscale": 0.707, "mscale_all_dim": 0.707}, {"mscale_all_dim": 0.707}, {},
+                                  {"mscale_all_dim": None}, {"mscale": None, "mscale_all_dim": None},
+                                  {"beta_fast": 1, "beta_slow": 32}, {"original_max_position_embeddings": 1}])
+def test_frequencies_and_factor_equal_huggingface(more):
+    scaling = {**tiny.YARN, **more}
     hf = tiny.deepseek(rope_scaling={key: value for key, value in scaling.items() if value is not None})
     ours, factor = rope_frequencies(config_from_hf(as_saved(hf)).rope, 64)
     theirs, their_factor = ROPE_INIT_FUNCTIONS["yarn"](hf, device="cpu")

@@ -5,13 +5,16 @@ Logits of a bf16 model hide this: rounding alone moves them by 0.03 on average, 
 mistakes do. So each part is compared by itself, and without tolerance: the same operations give the same
 bits. Only the gate's weights, fp32 sums over 4 experts in either order, may differ by 1e-6.
 """
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3TopkRouter
 
+import convert
 import kernel
 from model import MLA, Config, Gate, RMSNorm, Runtime, Step, apply_rope, both_angles
 
@@ -51,6 +54,21 @@ def test_the_gate_decides_in_fp32_like_huggingfaces():
     scores = [(x @ weight.T).sigmoid().float(), (x.float() @ weight.float().T).sigmoid()]
     in_bf16, in_fp32 = ((s + bias).topk(4).indices.sort(-1).values for s in scores)
     assert (in_bf16 != in_fp32).any(-1).sum() > 20      # so these tokens tell a bf16 gate from an fp32 one
+
+
+def test_a_gate_in_fp32_stays_so_as_in_huggingface(tmp_path):
+    """HuggingFace keeps it in models that it loads or saves in bf16; rounded, some choices differ."""
+    theirs = AutoModelForCausalLM.from_config(tiny.deepseek(), dtype=torch.bfloat16)
+    tiny.randomise(theirs).save_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    theirs, x = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").model.layers[1].mlp.gate, noise(2000, 256)
+    assert theirs.weight.dtype == torch.float32 and (theirs.weight != theirs.weight.bfloat16()).any()
+    convert.convert(convert.Checkpoint(tmp_path / "hf"), tmp_path / "bf16", 1, torch.bfloat16)
+    for folder in ("hf", "bf16"):
+        ours = tiny.load(tmp_path / folder, dtype=torch.bfloat16).layers[1].ffn.gate
+        with torch.no_grad():
+            assert torch.equal(ours(x.bfloat16())[1].sort(-1).values, theirs(x.bfloat16())[2].sort(-1).values)
+        assert torch.equal(ours.weight, theirs.weight)
 
 
 def test_rotation_is_done_in_fp32_and_rounded_once():
