@@ -66,24 +66,23 @@ def parts_of(model: Transformer, rows: int) -> list[Part]:
     return [*parts, Part(functools.partial(head, model.norm), weights, [x], {})]
 
 
-def make_parts(model: Transformer, rows: int) -> list[tuple[Path, Part]]:
-    """All parts of a step of so many rows and their files, of which those that are missing are made.
+def make_parts(model: Transformer, rows: int) -> list[tuple[Callable, Part]]:
+    """All parts of a step of so many rows, compiled; files that are missing are made.
 
-    OSError: the compiler failed, or the files' folder cannot be written.
+    OSError: the compiler failed, a file is damaged, or their folder cannot be written.
     """
     parts = [(path_of(part, model), part) for part in parts_of(model, rows)]
     missing = {path: part for path, part in parts if not path.exists()}
     name = f"compile for {rows} row{'s' * (rows > 1)}"
     for path, part in tqdm(missing.items(), desc=name, unit="part", disable=not missing):
         build(part, path)
-    return parts
+    return [(load(path), part) for path, part in parts]
 
 
 def compile_forward(model: Transformer, cache: Cache) -> Callable:
     """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and the
     first slots of `cache`."""
-    parts = make_parts(model, rows=len(cache.lengths))
-    calls = [(load(path), list(part.weights.values())) for path, part in parts]
+    calls = [(run, list(part.weights.values())) for run, part in make_parts(model, rows=len(cache.lengths))]
 
     def forward(tokens: Tensor, slots: int) -> Tensor:
         x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
@@ -102,7 +101,11 @@ def path_of(part: Part, model: Transformer) -> Path:
     weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
     what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg,
             len(part.inputs[0]), weights)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-r1"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-r1"
+    except RuntimeError:
+        raise OSError("--compile finds no home folder to keep its results in; name a place in the variable "
+                      "XDG_CACHE_HOME") from None
     return folder / (hashlib.sha256(repr(what).encode()).hexdigest()[:32] + ".pt2")
 
 
@@ -140,6 +143,9 @@ def build(part: Part, path: Path) -> None:
             lines = str(error).splitlines()
             cause = next((line for line in lines if "error:" in line), lines[0])
             raise OSError(f"--compile: the C++ compiler {compiler()!r} failed: {cause}") from None
+        except RuntimeError as error:
+            raise OSError(f"--compile cannot write its results: {str(error).splitlines()[0]}; is the disk of "
+                          f"{path.parent} full?") from None
         os.replace(f"{folder}/part.pt2", path)
 
 
@@ -154,4 +160,5 @@ def load(path: Path) -> Callable:
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).run
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be loaded; remove it, and --compile makes it anew: "
-                      f"{str(error).splitlines()[0]}") from None
+                      f"{str(error).splitlines()[0]} (or is the folder for temporary files missing or full, "
+                      f"{tempfile.gettempdir()}?)") from None

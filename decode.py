@@ -55,7 +55,7 @@ def precompile(model: Transformer) -> None:
         if weight.dtype == kernel.FP8 and rt.fp8 == "dequant" and weight.shape[-1] % 4:
             raise ValueError(f"--compile reads FP8 weights in fours, and {name} has {weight.shape[-1]} inputs; "
                              f"add --fp8 bf16, or leave --compile out")
-    # Many rows before one: after one, the compiler would leave their number open
+    # Many rows before one: after one, a GPU's compiler would leave their number open
     for rows in sorted({1, rt.rows}, reverse=True):
         (make_parts if rt.device.type == "cpu" else compile_layers)(model, rows)
 

@@ -274,6 +274,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of single products, on a GPU")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
+    folder = args.output or (ROOT / "benchmarks/results" if gpu else None)
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {folder}: {error.strerror}")
+    if min(args.tokens) < 1:
+        parser.error(f"--tokens is {min(args.tokens)}; it must be 1 or more")
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     copy, peak = limits(device)
@@ -288,8 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             f"Copying {copy / 1e9:.0f} GB/s, bf16 products {peak / 1e12:.1f} TFLOP/s, weights cold.", ""]
     text = "\n".join([*head, *(goals(rows, copy) + [""] if gpu else []), *table(rows, copy, peak)])
     print(text)
-    if folder := args.output or (ROOT / "benchmarks/results" if gpu else None):
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder:
         stem = "fp8_gemm " + where.replace("/", " ")
         (folder / f"{stem}.md".replace(" ", "_")).write_text(text + "\n", encoding="utf-8")
         facts = dict(device=where, versions=versions, copy_bytes_per_second=copy, bf16_flops=peak, rows=rows)

@@ -5,14 +5,19 @@
 
 Every figure is a median over rounds, in each of which all take their turn at each task; of a round of decoding
 it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
-passes. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same
-rounds: what a step must read, over the first, and what a prompt must multiply, over the second, are the limits.
-Load time and peak memory are those of fresh processes that load (from the file cache) and take a step on a CPU;
-on a GPU neither is measured, and random weights are made where they stay.
+passes; rows have prompts of their own, so that they choose experts of their own. Reading bandwidth (of a GPU:
+copying, bytes read and written) and GEMM peak are measured in the same rounds: what a step must read, over the
+first, and what a prompt must multiply, over the second, are the limits. Load time (without imports) and peak
+memory are those of fresh processes that load from the file cache and take a step on a CPU; on a GPU neither is
+measured, and random weights are made where they stay.
 """
 import argparse
 import functools
+import importlib
 import json
+import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,12 +37,14 @@ sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
 import memory  # noqa: E402
+from compiled import compiler  # noqa: E402
 from convert import Checkpoint, Parser, load_model  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from model import Config, Linear, Runtime, Transformer  # noqa: E402
 
 PROMPTS = (512, 2000)                       # tokens of prefill
 DECODE = ((128, 1), (2000, 1), (128, 8), (2000, 8), (8000, 1))      # tokens of context, rows
+IDS = range(5, 250)                         # of which prompts are made
 LONG = 8000                                 # context for "ours compiled" alone: others would take minutes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,8 +65,7 @@ class Ours:
     def run(self, n: int, rows: int, new: int) -> float:
         """Seconds of `new` steps of all rows; with new = 0, of reading n tokens."""
         self.model.rt = replace(self.rt, rows=rows, max_seq_len=n + new + 2)
-        events = generate(self.model, [prompt(n)], (), new + 1, Sampling(temperature=0),
-                          wanted=[(0, sample) for sample in range(rows)])
+        events = generate(self.model, prompts(n, rows), (), new + 1, Sampling(temperature=0))
         start = time.perf_counter()
         for _ in range(rows):
             next(events)
@@ -114,15 +121,12 @@ class Transformers:
 
     @torch.inference_mode()
     def run(self, n: int, rows: int, new: int) -> float:
-        tokens = torch.tensor([prompt(n)], device=self.model.device)
+        tokens = torch.tensor(prompts(n, rows), device=self.model.device)
         start = time.perf_counter()
         out = self.model(tokens, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
         token.tolist()
         if new:
-            out.past_key_values.batch_repeat_interleave(rows)
-            token = token.repeat(rows, 1)
-
             def step():
                 nonlocal token
                 logits = self.model(token, past_key_values=out.past_key_values, use_cache=True).logits
@@ -146,7 +150,7 @@ class LlamaCpp:
     def run(self, n: int, rows: int, new: int) -> float:
         self.model.reset()
         start = time.perf_counter()
-        self.model.eval(prompt(n))
+        self.model.eval(prompts(n, 1)[0])
         return pace(lambda: self.model.eval([7]), new) if new else time.perf_counter() - start
 
 
@@ -199,8 +203,8 @@ ENGINES = {"ours": lambda source, device: Ours(source, device),
            "llama.cpp": LlamaCpp}
 
 
-def prompt(n: int) -> list[int]:
-    return torch.randint(5, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+def prompts(n: int, rows: int) -> list[list[int]]:
+    return torch.randint(IDS.start, IDS.stop, (rows, n), generator=torch.Generator().manual_seed(n)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -249,18 +253,21 @@ def median_seconds(work, times: int) -> float:
 
 
 def limits(device: str) -> dict[str, float]:
-    """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in bf16, or in fp32 on a CPU that takes
-    longer for bf16. A GPU copies the 1 GB and multiplies larger matrices, so that its launches do not count."""
+    """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in fp32 and in bf16, for which a CPU
+    may take longer; then fp32's is the limit of both. A GPU copies the 1 GB and multiplies larger matrices, so
+    that its launches do not count."""
     gpu, big = device == "cuda", torch.ones(2 ** 28, device=device)
     size = 8192 if gpu else 2048
     a, b = torch.randn(2, size, size, device=device)
-    if kernel.MULTIPLIES_BF16 or gpu:
-        a, b = a.bfloat16(), b.bfloat16()
-    with torch.inference_mode():
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> float:
         F.linear(a, b)
+        return 2 * size ** 3 / median_seconds(lambda: F.linear(a, b), 7)
+    with torch.inference_mode():
         moved, move = (2 * big.nbytes, big.clone) if gpu else (big.nbytes, big.sum)
-        return {"bandwidth": moved / median_seconds(move, 7 if gpu else 3),
-                "gemm": 2 * size ** 3 / median_seconds(lambda: F.linear(a, b), 7)}
+        bandwidth, fp32 = moved / median_seconds(move, 7 if gpu else 3), product(a, b)
+        bf16 = product(a.bfloat16(), b.bfloat16()) if kernel.MULTIPLIES_BF16 or gpu else fp32
+    return {"bandwidth": bandwidth, "gemm": bf16, "gemm fp32": fp32}
 
 
 def multiplications(cfg: Config, n: int) -> int:
@@ -290,8 +297,9 @@ def multiplications(cfg: Config, n: int) -> int:
 
 
 def load_once(engine: str, folder: Path, device: str) -> dict[str, float]:
-    """Of a fresh process: seconds to load, and bytes at the peak of loading and one step, without those
-    before. Pages of a mapped file count once they are read."""
+    """Of a fresh process that has imported what it needs: seconds to load, and until the first token of a short
+    prompt; bytes at the peak of loading and one step, without those before. Pages of a mapped file count once
+    they are read."""
     done = subprocess.run([sys.executable, __file__, "--load-only", engine, "--ckpt-path", str(folder),
                            "--device", device], capture_output=True, text=True)
     if done.returncode:
@@ -301,14 +309,19 @@ def load_once(engine: str, folder: Path, device: str) -> dict[str, float]:
 
 def load_only(engine: str, folder: Path, device: str) -> None:
     if engine.startswith("transformers"):
-        import transformers.models.auto.modeling_auto  # noqa: F401     the import is no loading
+        from transformers import AutoModelForCausalLM  # noqa: F401
+        family = json.loads((folder / "config.json").read_text())["model_type"]
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     before, start = resident("VmRSS"), time.perf_counter()
     model = ENGINES[engine](folder, device)
-    seconds = time.perf_counter() - start
+    loaded = time.perf_counter() - start
+    model.run(16, 1, 0)
+    first = time.perf_counter() - start
     model.run(16, 1, 2)
     tensors = [] if engine == "llama.cpp" else model.model.state_dict().values()
     weights = {t.data_ptr(): t.nbytes for t in tensors}         # of tied ones, one
-    facts = {"seconds": seconds, "bytes": resident("VmHWM") - before, "held": sum(weights.values())}
+    facts = {"seconds": loaded, "first_token": first, "bytes": resident("VmHWM") - before,
+             "held": sum(weights.values())}
     print(json.dumps(facts))
 
 
@@ -320,9 +333,9 @@ def resident(field: str) -> int:
 def measure(source: Path | Config, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
     """All that the report is made from; times in seconds, medians over the rounds."""
     cfg, loads = source if isinstance(source, Config) else Checkpoint(source).cfg, {}
+    engines = {name: ENGINES[name](source, device) for name in names}       # llama.cpp's file is made here
     if device == "cpu":
-        loads = {name: [load_once(name, source, device) for _ in range(min(rounds, 3))] for name in names}
-    engines = {name: ENGINES[name](source, device) for name in names}
+        loads = {name: [load_once(name, source, device) for _ in range(3)] for name in names}
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
     tasks = [task for task in tasks if task[0] <= longest]
     taken, bounds = defaultdict(list), defaultdict(list)
@@ -334,14 +347,15 @@ def measure(source: Path | Config, names: list[str], rounds: int, new: int, long
                 n, rows, steps = task
                 if not takes_part(name, n, rows, steps):
                     continue
-                seconds = engine.run(n, rows, steps if number else min(steps, 2))
+                # A GPU's libraries plan anew for each number of keys, so there all steps are rehearsed
+                seconds = engine.run(n, rows, steps if number or device == "cuda" else min(steps, 2))
                 if number:
                     taken[task, name].append(seconds)
         print(f"round {number} of {rounds}", file=sys.stderr)
-    rows = [dict(task="prefill" if not new else "decode", tokens=n, rows=batch, who=name,
+    rows = [dict(task="decode" if steps else "prefill", tokens=n, rows=batch, who=name,
                  rate=(batch * steps or n) / statistics.median(times), runs=times,
                  of_limit=share(cfg, n, batch, steps, name, statistics.median(times), bounds))
-            for ((n, batch, steps), name), times in taken.items() for new in [steps]]
+            for ((n, batch, steps), name), times in taken.items()]
     return {"limits": {name: statistics.median(values) for name, values in bounds.items()}, "rows": rows,
             "loads": {name: {key: statistics.median(load[key] for load in runs) for key in runs[0]}
                       for name, runs in loads.items()},
@@ -353,6 +367,8 @@ def contenders(cfg: Config, device: str) -> list[str]:
     names = set(ENGINES)
     if not (find_spec("llama_cpp") and find_spec("gguf") and cfg.gqa and device == "cpu"):
         names -= {"llama.cpp"}
+    if device == "cpu" and not shutil.which(compiler()):
+        names -= {"ours compiled", "ours compiled fp8"}
     if cfg.fp8:                                             # none of the others reads it; ours is FP8 already
         names &= {"ours", "ours compiled"}
     return [name for name in ENGINES if name in names]
@@ -367,9 +383,10 @@ def takes_part(name: str, n: int, rows: int, new: int) -> bool:
 
 def share(cfg: Config, n: int, rows: int, new: int, name: str, seconds: float, bounds: dict) -> float:
     """The limit's time over the measured time."""
-    if new == 0:
-        return multiplications(cfg, n) / statistics.median(bounds["gemm"]) / seconds
     dtype = torch.float32 if "fp32" in name else torch.bfloat16
+    if new == 0:
+        peak = bounds["gemm fp32" if dtype == torch.float32 else "gemm"]
+        return multiplications(cfg, n) / statistics.median(peak) / seconds
     rt = Runtime(dtype=dtype, rows=rows, max_seq_len=n + new // 2)
     step = memory.plan(replace(cfg, fp8=cfg.fp8 or "fp8" in name), rt).step
     return new * step / statistics.median(bounds["bandwidth"]) / seconds
@@ -389,11 +406,11 @@ def table(facts: dict) -> list[str]:
                      f"| {f'''{r['rate'] / other:.2f}''' if other else ''} | {r['of_limit']:.2f} |")
     if not facts["loads"]:
         return lines
-    lines += ["", "| who | load, s | weights, GB | peak memory, GB | of bf16 weights |",
-              "|---|--:|--:|--:|--:|"]
+    lines += ["", "| who | load, s | to the first token, s | weights, GB | peak memory, GB | of bf16 weights |",
+              "|---|--:|--:|--:|--:|--:|"]
     for name, load in facts["loads"].items():
         held = f"{load['held'] / 1e9:.2f}" if load["held"] else ""
-        lines.append(f"| {name} | {load['seconds']:.2f} | {held} | {load['bytes'] / 1e9:.2f} "
+        lines.append(f"| {name} | {load['seconds']:.2f} | {load['first_token']:.2f} | {held} | {load['bytes'] / 1e9:.2f} "
                      f"| {load['bytes'] / facts['weights']:.2f} |")
     return lines
 
@@ -418,7 +435,30 @@ def plot(facts: dict, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
+def described(args: argparse.Namespace, model: str, device: str, facts: dict) -> tuple[dict, str]:
+    """All facts with what made them, and the report."""
+    peers = {name: version(name) for name in ("transformers", "llama-cpp-python")
+             if any(row["who"].startswith(name[:9]) for row in facts["rows"])}
+    facts = {"model": model, "device": device, "cpu": cpu(), "torch": torch.__version__, **peers,
+             "rounds": args.rounds, "new_tokens": args.new_tokens, **facts}
+    bounds, moving = facts["limits"], "Copying" if args.device == "cuda" else "Reading"
+    text = "\n".join([
+        f"# {model} on {device}", "",
+        f"{facts['cpu']}; torch {torch.__version__}{''.join(f', {name} {peers[name]}' for name in peers)}. bf16 "
+        f"unless it says otherwise, medians of {args.rounds} rounds, {args.new_tokens} new tokens. {moving} "
+        f"{bounds['bandwidth'] / 1e9:.1f} GB/s, products {bounds['gemm'] / 1e9:.0f} GFLOP/s, weights "
+        f"{facts['weights'] / 1e9:.2f} GB.", "", *table(facts)])
+    return facts, text
+
+
+def cpu() -> str:
+    """The CPU's name, where Linux tells."""
+    path = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Throughput of a model: ours, transformers, llama.cpp.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, help="one of ours: random weights of its shapes")
@@ -429,45 +469,65 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--longest", type=int, default=LONG, help="leave out longer prompts (%(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="(benchmarks/results)")
+    parser.add_argument("--name", help="of the files there (default: throughput_, model and device)")
     parser.add_argument("--load-only", choices=list(ENGINES), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.load_only:
-        load_only(args.load_only, args.ckpt_path, args.device)
-        return 0
     for name, least in (("rounds", 1), ("new_tokens", 1), ("longest", min(n for n, _ in DECODE))):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    if not find_spec("transformers"):
+        parser.error("needs transformers, which makes the random weights: pip install -r requirements-dev.txt")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.load_only:
+        load_only(args.load_only, args.ckpt_path, args.device)
+        return 0
+    device = torch.cuda.get_device_name() if args.device == "cuda" else (
+        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
+    try:
+        model = args.config.stem if args.config else args.ckpt_path.resolve().name
+        stem = args.name or f"throughput_{model}_{device}".replace(" ", "_").replace("/", "_")
+        path = args.output / f"{stem}.json"
+        if path.exists():
+            raise ValueError(f"{path} is there already; choose another --output or --name")
+        args.output.mkdir(parents=True, exist_ok=True)
+        facts, text = described(args, model, device, run(args))
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        plot(facts, f"{model} on {device}", path.with_suffix(".png"))
+    except (ValueError, OSError) as error:
+        print(f"throughput.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(text)
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure what the command line asks for. ValueError, before that, names what cannot run here."""
+    cfg = Config.from_json(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
+    if cfg.vocab_size < IDS.stop:
+        raise ValueError(f"vocab_size is {cfg.vocab_size}; prompts are made of ids up to {IDS.stop - 1}")
+    able = contenders(cfg, args.device)
+    names = args.who or able
+    if unable := [name for name in names if name not in able]:
+        raise ValueError(f"--who {unable[0]}: cannot run this model here; those that can: {', '.join(able)}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, name = Path(scratch), args.config.stem if args.config else args.ckpt_path.resolve().name
-        try:
-            cfg = Config.from_json(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
-        except (ValueError, OSError) as error:
-            print(f"throughput.py: error: {error}", file=sys.stderr)
-            return 2
+        folder = Path(scratch)
         source = cfg if args.config and args.device == "cuda" else folder
         if args.config and source is folder:
             write_random(cfg, folder)
         elif not args.config:
             for file in args.ckpt_path.iterdir():       # llama.cpp's file is put beside the links
                 (folder / file.name).symlink_to(file.resolve())
-        names = args.who or contenders(cfg, args.device)
-        facts = measure(source, names, args.rounds, args.new_tokens, args.longest, args.device)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else (
-        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
-    facts = {"model": name, "device": where, "torch": torch.__version__, "rounds": args.rounds, **facts}
-    bounds = facts["limits"]
-    title = f"{name} on {where}"
-    text = "\n".join([f"# {title}", "", f"bf16 unless it says otherwise, torch {torch.__version__}, medians of "
-                      f"{args.rounds} rounds. {'Copying' if args.device == 'cuda' else 'Reading'} {bounds['bandwidth'] / 1e9:.1f} GB/s, products "
-                      f"{bounds['gemm'] / 1e9:.0f} GFLOP/s, weights {facts['weights'] / 1e9:.2f} GB.", "",
-                      *table(facts)])
-    print(text)
-    args.output.mkdir(parents=True, exist_ok=True)
-    stem = f"throughput_{name}_{where}".replace(" ", "_").replace("/", "_")
-    (args.output / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
-    (args.output / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    plot(facts, title, args.output / f"{stem}.png")
-    return 0
+        return measure(source, names, args.rounds, args.new_tokens, args.longest, args.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import fp8_gemm, throughput
 from convert import Checkpoint
-from model import Config, Runtime, Transformer
+from model import Config, Gate, Runtime, Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,14 @@ def test_the_fp8_benchmark_runs_on_a_cpu_and_writes_both_tables(tmp_path, capsys
         assert row["bytes"] == 256 * 512 + m * 512 + 2 * m * 256            # e4m3 in, bf16 out
     text = (tmp_path / "fp8_gemm_CPU.md").read_text()
     assert text.count("\n| ") == 1 + len(facts["rows"]) and capsys.readouterr().out == text
+
+
+def test_an_fp8_benchmark_that_has_no_place_or_no_tokens_does_not_begin(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    for args, words in ((["--output", str(tmp_path / "file")], "file: File exists"), (["--tokens", "0"], "is 0")):
+        with pytest.raises(SystemExit) as stop:
+            fp8_gemm.main(args)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch):
@@ -60,7 +68,7 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
     monkeypatch.setattr(throughput, "PROMPTS", (16,))
     monkeypatch.setattr(throughput, "DECODE", ((8, 1), (8, 3), (20, 1), (40, 1)))
     monkeypatch.setattr(throughput, "LONG", 40)
-    monkeypatch.setattr(throughput, "limits", lambda device: {"bandwidth": 1e10, "gemm": 1e12})
+    monkeypatch.setattr(throughput, "limits", lambda device: {"bandwidth": 1e10, "gemm": 1e12, "gemm fp32": 1e12})
     before = set((tmp_path / "hf_0.5b").iterdir())
     assert throughput.main(["--ckpt-path", str(tmp_path / "hf_0.5b"), "--who", "ours", "transformers",
                             "--rounds", "1", "--new-tokens", "3", "--longest", "16",
@@ -75,9 +83,16 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
         done = 16 if row["task"] == "prefill" else 3 * row["rows"]
         assert row["rate"] == pytest.approx(done / row["runs"][0]) and row["of_limit"] > 0
     assert all(load["seconds"] > 0 and load["bytes"] > 0 for load in facts["loads"].values())
-    assert facts["loads"]["ours"]["held"] == facts["weights"]
+    gates = 2 * 2 * 16 * 256 * (config is tiny.deepseek)        # of 2 layers, which stay in fp32
+    assert facts["loads"]["ours"]["held"] == facts["weights"] + gates
     text = path.with_suffix(".md").read_text()
     assert text == capsys.readouterr().out and text.count("\n| ") == 2 + 6 + 2
+    assert facts["new_tokens"] == 3 and facts["transformers"] and facts["cpu"] in text
+    assert all(load["first_token"] > load["seconds"] for load in facts["loads"].values())
+    args = ["--ckpt-path", str(tmp_path / "hf_0.5b"), "--output", str(tmp_path / "out")]
+    before = path.read_bytes()                              # what is there is somebody's evidence
+    assert throughput.main(args) == 2 and "is there already" in capsys.readouterr().err
+    assert path.read_bytes() == before
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,9 +121,45 @@ def test_random_weights_have_the_shapes_of_the_config(tmp_path):
         assert Checkpoint(tmp_path / name).cfg == dataclasses.replace(cfg, dtype="bfloat16")
 
 
-def test_a_config_that_is_not_there_is_one_clear_line(capsys):
-    assert throughput.main(["--config", "nowhere.json"]) == 2
-    assert "throughput.py: error: " in capsys.readouterr().err
+def test_rows_choose_experts_of_their_own(tmp_path, monkeypatch):
+    """Equal rows would read a row's experts, where the limit counts what rows of different tokens read."""
+    tiny.write(tmp_path, tiny.deepseek(n_routed_experts=32, n_group=1, topk_group=1))
+    ours, chosen, original = throughput.Ours(tmp_path, "cpu"), [], Gate.forward
+
+    def forward(gate, x):
+        weights, experts = original(gate, x)
+        chosen.append(len(experts.unique()))
+        return weights, experts
+    monkeypatch.setattr(Gate, "forward", forward)
+    ours.run(8, 6, 3)
+    assert len(chosen) == 2 * (6 + 3) and min(chosen[-6:]) > 4
+
+
+def test_prompts_differ_and_repeat_themselves():
+    first, second = throughput.prompts(100, 2)
+    assert first != second and throughput.prompts(100, 2) == [first, second] and len(first) == 100
+
+
+def test_what_cannot_be_measured_is_one_clear_line_before_any_work(tmp_path, monkeypatch, capsys):
+    tiny.write(tmp_path / "hf", tiny.deepseek())
+    tiny.write(tmp_path / "few", tiny.qwen2(vocab_size=7))
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(throughput, "measure", None)
+    known = ["--ckpt-path", str(tmp_path / "hf"), "--output", str(tmp_path / "out")]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for args, words in ((["--config", "nowhere.json"], "nowhere.json"),
+                        ([*known, "--who", "llama.cpp"], "--who llama.cpp: cannot run"),
+                        ([*known, "--who", "ours compiled"], "--who ours compiled: cannot run"),
+                        ([*known[:-1], str(tmp_path / "file")], "file"),
+                        (["--ckpt-path", str(tmp_path / "few"), *known[2:]], "vocab_size is 7")):
+        assert throughput.main(args) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("throughput.py: error: ") and words in error and error.count("\n") == 1
+    for args, words in (([*known, "--device", "cuda"], "no GPU"), ([*known, "--rounds", "0"], "--rounds is 0")):
+        with pytest.raises(SystemExit):
+            throughput.main(args)
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_nothing_is_measured_twice_and_nobody_is_asked_for_what_he_cannot():

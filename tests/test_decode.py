@@ -162,6 +162,14 @@ def test_multiply_and_sum_is_the_product(n, k, monkeypatch):
             torch.testing.assert_close(got / size, rows.double() @ exact[0].double().T, rtol=1e-5, atol=1e-4)
 
 
+def failing(work):
+    """work(), whose failure is a RuntimeError, as Python's own of a missing home and PyTorch's of a full disk."""
+    try:
+        return work()
+    except ZeroDivisionError:
+        raise RuntimeError("basic_ios::clear: iostream error") from None
+
+
 def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     for settings in (dict(fp8="gemm"), dict(tp=Shard(0, 2)), dict(rows=9)):
         with pytest.raises(ValueError, match="--compile on a CPU goes with 1 rank, a --batch-size up to 8, and "):
@@ -186,6 +194,13 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, c
         assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
         out, err = capsys.readouterr()
         assert re.fullmatch(f"generate.py: error: {told}", err.splitlines()[-1])
+    for place, told in ((lambda: 1 / 0, "finds no home folder"), (lambda: tmp_path, "is the disk of .* full")):
+        with monkeypatch.context() as patch:
+            patch.delenv("XDG_CACHE_HOME")
+            patch.setattr(compiled_parts.Path, "home", lambda: failing(place))
+            patch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: failing(lambda: 1 / 0))
+            assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
+            assert re.search(f"generate.py: error: --compile .*{told}", capsys.readouterr().err)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["--prompt", "1+1", "--compile", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
