@@ -709,7 +709,8 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
-        self.moe, self.ue8m0 = (moe := cfg.moe), cfg.ue8m0
+        self.moe = moe = cfg.moe
+        self.ue8m0 = cfg.ue8m0
         self.gate = Gate(cfg, rt)
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
         self.shared = MLP(moe.n_shared_experts * moe.moe_inter_dim, cfg, rt) if moe.n_shared_experts else None

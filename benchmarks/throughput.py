@@ -334,7 +334,7 @@ def measure(source: Path | Config, names: list[str], rounds: int, new: int, long
     """All that the report is made from; times in seconds, medians over the rounds."""
     cfg, loads = source if isinstance(source, Config) else Checkpoint(source).cfg, defaultdict(list)
     engines = {name: ENGINES[name](source, device) for name in names}       # llama.cpp's file is made here
-    for name in names * 3 if device == "cpu" else ():
+    for name in names * min(rounds, 3) if device == "cpu" else ():
         loads[name].append(load_once(name, source, device))
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
     tasks = [task for task in tasks if task[0] <= longest]
