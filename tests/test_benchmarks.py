@@ -150,7 +150,7 @@ def test_what_cannot_be_measured_is_one_clear_line_before_any_work(tmp_path, mon
     for args, words in ((["--config", "nowhere.json"], "nowhere.json"),
                         ([*known, "--who", "llama.cpp"], "--who llama.cpp: cannot run"),
                         ([*known, "--who", "ours compiled"], "--who ours compiled: cannot run"),
-                        ([*known[:-1], str(tmp_path / "file")], "file"),
+                        ([*known[:-1], str(tmp_path / "file")], "File exists"),
                         (["--ckpt-path", str(tmp_path / "few"), *known[2:]], "vocab_size is 7")):
         assert throughput.main(args) == 2
         error = capsys.readouterr().err
