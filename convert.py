@@ -2,12 +2,11 @@
 
     python convert.py --hf-ckpt-path HF --save-path OUT --model-parallel N [--dtype bf16] [--verify]
 
-TABLE maps every tensor name to HuggingFace's and says along which axis ranks share it. `Checkpoint.tensors`
-reads one rank's part of a folder, tensor by tensor, and has two callers: `convert`, which writes
-model{rank}-mp{N}.safetensors, and `load_model`, so that generate.py runs a HuggingFace folder or a converted
-one, with any legal number of ranks.
+TABLE maps every tensor name to HuggingFace's and says along which axis ranks share it. `Checkpoint.part`
+reads one rank's part of one tensor, for `convert`, which writes model{rank}-mp{N}.safetensors, and for
+`load_model`, so that generate.py runs a HuggingFace folder or a converted one, with any legal number of ranks.
 
-Everything is checked from the files' headers before the first tensor is read: names, shapes, dtypes, FP8
+Everything is checked from the files' headers before the first tensor is used: names, shapes, dtypes, FP8
 scales, that no file is missing or cut short, that N divides what it cuts, and that every key is used once.
 """
 import argparse
@@ -20,7 +19,6 @@ import shutil
 import struct
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -245,7 +243,8 @@ def _is_precise_gate(name: str, stored: torch.dtype) -> bool:
 
 
 class Checkpoint:
-    """A folder of weights, HuggingFace's or converted. Only `part` reads tensors, all else headers."""
+    """A folder of weights, HuggingFace's or converted. Until `part` is called, only headers are read (and a
+    head beside the embedding to which the config ties it: do they agree?)."""
 
     def __init__(self, folder: str | Path, config: str | Path | None = None):
         self.folder = Path(folder)
@@ -393,11 +392,15 @@ class Checkpoint:
             raise ValueError(f"{self.where[head]}: tensor {head} differs from {embed}, to which the config ties "
                              f"it; set tie_word_embeddings to false in config.json, or remove the tensor")
 
-    def tensors(self, entries: list[Entry], tp: Shard) -> Iterator[tuple[Entry, int | None, Tensor]]:
-        """One rank's tensors in order: (entry, expert or None, tensor), experts of a stack one by one."""
-        for entry in entries:
-            for e in range(len(entry.keys)):
-                yield entry, e if len(entry.keys) > 1 else None, self.part(entry, e, tp)
+    def mapped_bytes(self, rt: Runtime) -> int:
+        """Bytes of a rank's weights that a CPU reads where they are, in a mapped file: those that load_model
+        need not cast, reorder, stack, or cut by columns. None of an FP8 checkpoint are counted."""
+        if rt.device.type != "cpu" or self.cfg.fp8:
+            return 0
+        return sum(math.prod(entry.shape) * entry.dtype.itemsize
+                   for entry in self.plan(Transformer(self.cfg, rt))
+                   if len(entry.keys) == 1 and not entry.heads and (entry.cut != 1 or rt.tp.size == 1)
+                   and entry.dtype == self.header(self.where[entry.keys[0]])[entry.keys[0]][0])
 
     def part(self, entry: Entry, e: int, tp: Shard) -> Tensor:
         """Rank tp's slice of the e-th tensor of `entry`, in our row order and in entry.dtype.
@@ -437,17 +440,17 @@ def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
     model = Transformer(checkpoint.cfg, rt)
     memory.keep_freed()
     state: dict[str, Tensor] = {}
-    for entry, expert, tensor in checkpoint.tensors(checkpoint.plan(model), rt.tp):
-        if expert is None:
-            state[entry.name] = tensor.to(rt.device)
-        else:
-            if expert == 0:
-                state[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=rt.device)
-            state[entry.name][expert] = tensor
+    for entry in checkpoint.plan(model):
+        if len(entry.keys) == 1:
+            state[entry.name] = checkpoint.part(entry, 0, rt.tp).to(rt.device)
+        else:                                           # a stack of experts
+            state[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=rt.device)
+            for e in range(len(entry.keys)):
+                state[entry.name][e] = checkpoint.part(entry, e, rt.tp)
     if checkpoint.cfg.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
-    del state, tensor                                   # what is dequantised now must not stay there twice
+    del state                                           # what is dequantised now must not stay there twice
     for name, module in model.named_modules():
         if name.endswith(".wkv_b") or rt.fp8 == "bf16" and isinstance(module, Linear):
             module.dequantise(rt.dtype)                 # absorbed MLA uses wkv_b head by head
@@ -598,17 +601,18 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
     Cuts whole source tensors and puts rows back into HuggingFace's order, so it shares no slicing with what
     it checks. ValueError names the first tensor that differs. Dequantised FP8 is compared in that form.
     """
-    manifest, cfg, count = Checkpoint(out).manifest, Checkpoint(out).cfg, 0
+    converted, count = Checkpoint(out), 0
+    manifest, cfg = converted.manifest, converted.cfg
     ranks, dtype = manifest["model_parallel"], None if manifest["dtype"] == "as stored" else DTYPES[cfg.dtype]
     shards = [Shard(rank, ranks) for rank in range(ranks)]
     folders = [Checkpoint(out) for _ in shards]             # each plans another rank's file
     plans = [plan_rank(folder, cfg, tp, dtype) for folder, tp in zip(folders, shards)]
     plan = plan_rank(checkpoint, cfg, shards[0], dtype)
-    for entry, *converted in tqdm(zip(plan, *plans), desc="verify", unit="tensor", total=len(plan)):
+    for entry, *copies in tqdm(zip(plan, *plans), desc="verify", unit="tensor", total=len(plan)):
         for e, key in enumerate(entry.keys):
             whole = checkpoint.part(replace(entry, heads=0), e, Shard())
             wanted = [whole] * ranks if entry.cut is None else whole.chunk(ranks, dim=entry.cut)
-            for tp, folder, mine, expected in zip(shards, folders, converted, wanted):
+            for tp, folder, mine, expected in zip(shards, folders, copies, wanted):
                 stacked = len(entry.keys) > 1                       # one expert of a stack at a time
                 part = folder.read(mine.name, 0, e, e + 1)[0] if stacked else folder.part(mine, 0, Shard())
                 if entry.heads:                         # back from RoPE's interleaved order to the halves
@@ -633,7 +637,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="HuggingFace folder")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write")
     parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="ranks that will run it")
-    parser.add_argument("--dtype", choices=["bf16"], help="dequantise FP8, cast to bf16; default: as stored")
+    parser.add_argument("--dtype", choices=["bf16", "bfloat16"],
+                        help="dequantise FP8, cast to bf16; default: as stored")
     parser.add_argument("--config", type=Path, help="config file; default: the folder's config.json")
     parser.add_argument("--verify", action="store_true", help="compare every tensor written with its source")
     args = parser.parse_args(argv)

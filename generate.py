@@ -490,8 +490,8 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
                          f"{cfg.vocab_size}: they do not belong together")
     prompts = encode_prompts(args, chat, records)
     longest = max(map(len, prompts), default=0)
-    wanted = longest + args.max_new_tokens if prompts else CONVERSATION
-    max_seq_len = args.max_seq_len or min(wanted, cfg.context_len)
+    needed = longest + args.max_new_tokens if prompts else CONVERSATION
+    max_seq_len = args.max_seq_len or min(needed, cfg.context_len)
     if max_seq_len > cfg.context_len:
         raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
     for number, prompt in enumerate(prompts, 1):
@@ -513,36 +513,35 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
     rt = runtime(args, cfg, ranks, max(1, min(args.batch_size or BATCH, len(wanted))), max_seq_len)
-    rt = convert_once(args, cfg, fit(args, cfg, rt, room), room)
+    rt = convert_once(args, cfg, fit(args, cfg, rt, room, checkpoint.mapped_bytes(rt)), room)
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt.max_seq_len, rt.rows,
               rt.fp8, prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
     return job, results
 
 
 def runtime(args: argparse.Namespace, cfg: Config, ranks: Ranks, rows: int, max_seq_len: int) -> Runtime:
-    auto = "float32" if cfg.dtype == "float32" else "bfloat16"
-    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
+    auto, best = "float32" if cfg.dtype == "float32" else "bfloat16", kernel.default_mode(ranks.device)
+    fp8 = best if args.fp8 == "auto" else args.fp8
     dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
     return check(Runtime(ranks.device, dtype, fp8, ranks.tp, rows, max_seq_len, args.prefill_chunk,
                          args.compile))
 
 
-def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
+def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped: int = 0) -> Runtime:
     """rt with what was left open made to fit `room` bytes a rank. ValueError, with the numbers, if it can't.
 
     Open are the rows without --batch-size, and the length of a conversation without --max-seq-len. The cache
-    counts at full length, although on a CPU it takes memory token by token. Weights do not count where they
-    stay a mapped file, whose pages the system drops and reads again as it likes.
+    counts at full length, although on a CPU it takes memory token by token. `mapped` bytes of the weights do
+    not count: they stay a file, whose pages the system drops and reads again as it likes.
     """
     need = memory.plan(cfg, rt)
-    mapped = rt.device.type == "cpu" and not cfg.fp8 and not cfg.moe and rt.dtype == DTYPES[cfg.dtype]
-    on_disk = need.weights if mapped else 0
-    if on_disk > room:
-        print(f"the weights, {on_disk / memory.GIB:.2f} GiB, exceed the free memory, {room / memory.GIB:.2f} "
-              f"GiB: parts of them will be read from disk again for each token", file=sys.stderr)
-    if need.total - on_disk <= room:
+    if mapped > room:
+        print(f"the weights, {need.weights / memory.GIB:.2f} GiB, exceed the free memory, "
+              f"{room / memory.GIB:.2f} GiB: parts of them will be read from disk again for each token",
+              file=sys.stderr)
+    if need.total - mapped <= room:
         return rt
-    rows, length = memory.largest(rt, cfg, room + on_disk)
+    rows, length = memory.largest(rt, cfg, room + mapped)
     if args.interactive and not args.max_seq_len and length >= SHORTEST:
         print(f"memory holds a conversation of {length} tokens, not {rt.max_seq_len}", file=sys.stderr)
         return replace(rt, max_seq_len=length)
@@ -550,7 +549,7 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runt
         print(f"memory holds {rows} completions at a time, not {rt.rows}", file=sys.stderr)
         return replace(rt, rows=rows)
     fits = [f"--max-seq-len {length}"] * (length > 0) + [f"--batch-size {rows}"] * (0 < rows < rt.rows)
-    if memory.plan(cfg, replace(rt, prefill_chunk=256)).total - on_disk <= room:
+    if memory.plan(cfg, replace(rt, prefill_chunk=256)).total - mapped <= room:
         fits.append("--prefill-chunk 256")
     raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}"
                      f"{' on each rank' * (rt.tp.size > 1)}, and {room / memory.GIB:.2f} GiB are free; "

@@ -140,13 +140,26 @@ def test_tensors_that_need_no_cast_cut_or_copy_stay_mapped_files(name, dtype, tm
     assert run(source, out, 1) == 0
     stacked_or_permuted, dequantised = {"experts", "wq", "wk"}, {"wkv_b"} if "fp8" in name else set()
     for file, copied in ((source / "model.safetensors", stacked_or_permuted), (out / rank_file(0, 1), set())):
-        model = load_model(Checkpoint(file.parent), Runtime(dtype=dtype))
+        checkpoint, rt = Checkpoint(file.parent), Runtime(dtype=dtype)
+        model = load_model(checkpoint, rt)
         places, total = mappings(file), 0
         for key, tensor in model.state_dict().items():
             if not (copied | dequantised) & set(key.split(".")):
                 assert any(low <= tensor.data_ptr() < high for low, high in places), key
                 total += tensor.nbytes
         assert total > 100_000
+        assert checkpoint.mapped_bytes(rt) == (0 if "fp8" in name else total)
+
+
+def test_what_ranks_cut_by_columns_or_cast_does_not_stay_a_mapped_file(tmp_path):
+    source = write(tmp_path / "hf", "qwen2")
+    for rt in (Runtime(dtype=torch.float32, tp=Shard(1, 2)), Runtime(dtype=torch.bfloat16)):
+        checkpoint = Checkpoint(source)
+        model = load_model(checkpoint, rt)
+        places = mappings(source / "model.safetensors")
+        mapped = [t.nbytes for t in model.state_dict().values()
+                  if any(low <= t.data_ptr() < high for low, high in places)]
+        assert checkpoint.mapped_bytes(rt) == sum(mapped) and bool(mapped) == (rt.dtype == torch.float32)
 
 
 FLIPPED = {     # checkpoint, tensor: rank that holds a wrong byte, what the error names
