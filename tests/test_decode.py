@@ -100,6 +100,19 @@ def test_a_draw_from_the_nucleus_asks_the_device_for_nothing_unless_it_is_a_cpu(
     assert tokens.shape == logprobs.shape == (3,)
 
 
+ENDINGS = [[1, 5, 9, 30, 22, 11], [1, 7, 9] * 20, [1, 40, 41, 12] * 125]        # the last one meets the last slot
+
+
+@pytest.mark.parametrize("family, rows", [("dense", 1), ("moe", 3)])
+def test_a_step_in_parts_is_the_whole_step(paths, family, rows, monkeypatch):
+    """The parts as they are before they are compiled."""
+    monkeypatch.setattr(compiled_parts, "make_parts", lambda model, rows: [
+        (lambda tensors, part=part: [part(*tensors)], part) for part in compiled_parts.parts_of(model, rows)])
+    whole, parts = (complete(tiny.load(paths / family, rows=rows, max_seq_len=520, compile=compile), ENDINGS)
+                    for compile in (False, True))
+    assert parts == whole
+
+
 @pytest.mark.parametrize("family, rows", [("dense", 1), ("demo", 3)])
 def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, rows, tmp_path, monkeypatch):
     """Answers cross a multiple of 64 slots; one of 3 rows ends early, at its last slot, and has to stay in its
@@ -111,13 +124,12 @@ def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, rows, t
                               for compile in (False, True, True))
     built, build = [], compiled_parts.build
     monkeypatch.setattr(compiled_parts, "build", lambda part, path: (built.append(path), build(part, path)))
-    prompts = [[1, 5, 9, 30, 22, 11], [1, 7, 9] * 20, [1, 40, 41, 12] * 125]
-    expected, kinds = complete(eager, prompts), {"dense": 1, "demo": 2}[family]
+    expected, kinds = complete(eager, ENDINGS), {"dense": 1, "demo": 2}[family]
     if rows == 1:
         decode.precompile(compiled)
         assert len(built) == kinds + 1
     for model in (compiled, again, again):
-        assert complete(model, prompts) == expected
+        assert complete(model, ENDINGS) == expected
     assert len(built) == len(set(built)) == kinds + 1 < len(eager.layers) + 1
     assert sorted((tmp_path / "deepseek-r1").iterdir()) == sorted(built)
 
