@@ -97,7 +97,8 @@ def compile_forward(model: Transformer, cache: Cache) -> Callable:
 def path_of(part: Part, model: Transformer) -> Path:
     """Where the compiled part is kept."""
     here = Path(__file__)
-    sources = [here.with_name(name).read_bytes() for name in (here.name, "kernel.py", "model.py")]
+    names = here.name, "model.py", "attention.py", "kernel.py"
+    sources = [here.with_name(name).read_bytes() for name in names]
     weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
     what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg,
             len(part.inputs[0]), weights)

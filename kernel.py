@@ -1,8 +1,8 @@
 """Block-wise FP8, the number format of DeepSeek-V3 and R1 (V3 section 3.3): what it is, then how it is fast.
 
-An e4m3 number has 4 exponent and 3 mantissa bits: it spans 2^-9 ... 448 and rounds by up to 1/16 of itself.
-A whole weight matrix does not fit into so narrow a range, so every small block gets a scale s of its own,
-chosen so that its largest element lands on 448: q = w / s, s = max|w| / 448.
+An e4m3 number has 4 exponent and 3 mantissa bits: it spans 2^-9 ... 448 and rounds by up to 1/16 of itself,
+below 2^-6 by up to 2^-10. A whole weight matrix does not fit into so narrow a range, so every small block gets
+a scale s of its own, chosen so that its largest element lands on 448: q = w / s, s = max|w| / 448.
 
     weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
     activations    one fp32 scale per token and 128 channels        computed on the fly
@@ -13,12 +13,12 @@ FP8 operands, its result leaves the tensor core after N_C = 128 channels and is 
 
 Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 products that are not FP8 by FP8, and
 how CPUs get them fast; 3 the one place that decides what runs instead of 1; 4 Triton kernels, and the launches
-that call them; 5 a kernel for attention when tokens are decoded. Kernels exist only where Triton is installed.
+that call them. Kernels exist only where Triton is installed.
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
 also wkv_b, which absorbed attention uses in two parts, head by head.
 Dimensions: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts,
-s slots (a token at one of its experts), t tiles of slots (section 5 has model.py's letters).
+s slots (a token at one of its experts), t tiles of slots.
 """
 import functools
 import math
@@ -135,13 +135,13 @@ class Groups(NamedTuple):
     """Which token goes to which expert, and the tiles of tokens in which a GPU works that off."""
     ids: Tensor         # [s] expert of slot i; a token has s / m neighbouring slots
     order: Tensor       # [s] slots, those of a tile next to each other
-    expert: Tensor      # [t] expert of each tile; e: a tile that is not needed
+    expert: Tensor      # [t] expert of each tile; n_experts: a tile that is not needed
     first: Tensor       # [t] a tile covers order[first:stop]
     stop: Tensor        # [t]
 
 
 def group(ids: Tensor, n_experts: int) -> Groups:
-    """Plan grouped_fp8_gemm for ids [m, k] int64, the experts of each token.
+    """Plan grouped_fp8_gemm for ids [m, experts per token] int64.
 
     Only shapes are known to the host, so the plan has as many tiles as the worst distribution needs, and
     nothing waits for the device.
@@ -559,85 +559,3 @@ def _launch_grouped(a: Tensor, a_scale: Tensor, weights: list[Tensor],
         *a_scale.stride(), n_experts, n_tiles, slots // max(len(a), 1), k, tile.tokens, tile.features,
         tile.swap, num_warps=tile.warps, num_stages=tile.stages.get(device_kind(a.device)))
     return list(y)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. Attention of a decode step on GPUs (flash decoding): the one kernel here that has nothing to do with FP8
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v of one query a row, over the keys up to its position: flash decoding.
-
-    q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed
-    form v is the front of k. Keys are cut into runs, for which all processors work at once; each gives its
-    weighted sum of values, and the log of its weight. Keys past a row's end are not read, and `positions` is
-    read on the device: a CUDA graph for t slots takes hardly longer than one for fewer.
-    """
-    parts, weights = _launch_attend(q, k, v, positions, scale)              # [b, h, runs, v], [b, h, runs]
-    return (weights.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
-
-
-def can_attend_one(q: Tensor, v: Tensor) -> bool:
-    """Whether attend_one is able to: it takes values, and what a key is longer, as a power of two each."""
-    sizes = {v.shape[-1], q.shape[-1] - v.shape[-1]} - {0}
-    return (q.shape[1] == 1 and path(q.device, multiply=False) == "triton" and device_kind(q.device) != "old"
-            and sizes <= {16, 32, 64, 128, 256, 512})
-
-
-if triton:
-    @triton.jit(do_not_specialize=["runs"])
-    def attend_kernel(q, k, v, positions, parts, weights, k_row, k_slot, k_head, v_row, v_slot, v_head, span,
-                      runs, SCALE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                      R: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr):
-        """16 of the HEADS that share a key/value head, for `span` slots, KEYS at a time: online softmax.
-
-        A key has D + R numbers, a value D; SHARED: values are the fronts of the keys, which are read once.
-        """
-        BLOCKS: tl.constexpr = (HEADS + 15) // 16
-        program, run = tl.program_id(0), tl.program_id(1)
-        row, group = (program // (BLOCKS * GROUPS)).to(tl.int64), program // BLOCKS % GROUPS
-        heads, d = program % BLOCKS * 16 + tl.arange(0, 16), tl.arange(0, D)
-        live, at = heads < HEADS, (row * GROUPS + group) * HEADS + heads
-        start = run * span
-        stop = tl.minimum(start + span, tl.load(positions + row).to(tl.int32) + 1)
-        q += at[:, None] * (D + R)
-        k += row * k_row + group * k_head
-        v += row * v_row + group * v_head
-        query = tl.load(q + d[None, :], mask=live[:, None], other=0.0)
-        if R > 0:
-            r = D + tl.arange(0, R)
-            rest = tl.load(q + r[None, :], mask=live[:, None], other=0.0)
-        largest, total = tl.full([16], -float("inf"), tl.float32), tl.zeros([16], tl.float32)
-        acc = tl.zeros([16, D], tl.float32)
-        for first in range(start, stop, KEYS):
-            slots = first + tl.arange(0, KEYS)
-            there = (slots < stop)[:, None]
-            place = slots.to(tl.int64)[:, None]
-            key = tl.load(k + place * k_slot + d[None, :], mask=there, other=0.0)
-            scores = tl.dot(query, key.T, input_precision="ieee")
-            if R > 0:
-                key_rest = tl.load(k + place * k_slot + r[None, :], mask=there, other=0.0)
-                scores += tl.dot(rest, key_rest.T, input_precision="ieee")
-            scores = tl.where((slots < stop)[None, :], scores * SCALE, -float("inf"))
-            before, largest = largest, tl.maximum(largest, tl.max(scores, axis=1))
-            weight, fade = tl.exp(scores - largest[:, None]), tl.exp(before - largest)
-            value = key if SHARED else tl.load(v + place * v_slot + d[None, :], mask=there, other=0.0)
-            total = total * fade + tl.sum(weight, axis=1)
-            acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        to = at * runs + run
-        acc /= tl.maximum(total, 1e-30)[:, None]
-        tl.store(parts + to[:, None] * D + d[None, :], acc, mask=live[:, None])
-        tl.store(weights + to, largest + tl.log(total), mask=live)
-
-
-def _launch_attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    (b, _, h, d), (_, t, g, size) = q.shape, v.shape
-    span = 256 * triton.cdiv(t, 256 * 64)       # of t up to 16,384 it does not depend: equal to the bit
-    runs, keys = triton.cdiv(t, span), max(16, min(64, 2 ** 15 // (size * k.element_size())))
-    stages = 2 if device_kind(q.device) == "rocm" or k.dtype == torch.float32 else 3
-    parts = torch.empty(b, h, runs, size, dtype=torch.float32, device=q.device)
-    weights = torch.empty(b, h, runs, dtype=torch.float32, device=q.device)
-    attend_kernel[b * g * triton.cdiv(h // g, 16), runs](
-        q.contiguous(), k, v, positions.contiguous(), parts, weights, *k.stride()[:3], *v.stride()[:3],
-        span, runs, scale, g, h // g, size, d - size, keys, d > size, num_warps=4, num_stages=stages)
-    return parts, weights

@@ -1,8 +1,8 @@
 """Memory, counted before it is needed: what one rank holds, and what its machine has left for it.
 
 No weights are needed: the model is built without memory, and its tensors are counted. Weights and cache are
-exact to the byte, but for gates that a checkpoint has in fp32 (R1 has not); activations are an upper bound on what one prefill chunk holds at once. generate.py refuses
-with this what cannot fit; tools/plan.py prints it.
+exact to the byte, but for gates that a checkpoint has in fp32 (R1 has not); activations are an upper bound on
+what one prefill chunk holds at once. generate.py refuses with this what cannot fit; tools/plan.py prints it.
 """
 import ctypes
 import functools
@@ -22,7 +22,7 @@ GIB = 2 ** 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one of `gpus` ranks."""
+    """Bytes on one rank."""
     weights: int
     cache: int                  # of all rows at full length
     cache_per_token: int        # of one row
@@ -47,7 +47,8 @@ def plan(cfg: Config, rt: Runtime) -> Plan:
     meta = replace(rt, device=torch.device("meta"))
     model, cache = declared(cfg, replace(meta, rows=1, max_seq_len=1)), Cache.allocate(cfg, meta)
     tensors = dict(model.state_dict())
-    tensors.pop("head.weight" if cfg.tie_embeddings else "", None)
+    if cfg.tie_embeddings:
+        del tensors["head.weight"]
     weights = sum(stored_bytes(name, t, cfg, rt) for name, t in tensors.items())
     held = sum(buffer.nbytes for layer in cache.layers for buffer in layer)
     matrices = [t for name, t in tensors.items()                # kept as FP8, and converted one at a time
@@ -97,7 +98,7 @@ def activations(model: Transformer, rt: Runtime) -> int:
     else:
         qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         projected, expanded = s * qk * (4 * heads + 4 * groups), 0
-    # model.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores;
+    # attention.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores;
     # or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one more copy
     scores = min(min(512, s * heads // groups) * t, 2 ** 23)
     block = (4 * qk * (t + s * heads // groups) + scores * (size + 8)) // size + t * v

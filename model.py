@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernel
+from attention import attend, attend_latents
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Config: what a checkpoint is. Runtime: how we run it. No field stands in both.
@@ -321,7 +322,7 @@ class Cache:
     Each layer has a tuple of buffers [rows, slots, ...]: MLA one of width c + r (the latent and the shared
     rotary key), GQA keys and values [rows, slots, g, d]. A forward pass reads every slot of the cache that it
     is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots
-    (kernel.attend_one alone leaves out the others).
+    (attention.attend_one alone leaves out the others).
     """
     layers: list[tuple[Tensor, ...]]
     lengths: Tensor                         # [rows] int64: tokens stored; every forward pass advances it
@@ -456,66 +457,6 @@ class Embedding(nn.Module):
 # 5. Grouped-query attention: the distills
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) v: q [b, s, h, d], k [b, t, g, d], v [b, t, g, v] -> [b, s, h, v].
-
-    Query head i uses key/value head i // (h/g). Several ways to one result, each the fastest in its place; on
-    GPUs, decoding has one of its own, kernel.attend_one.
-    """
-    q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
-    if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
-        q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not kernel.fp32_is_faster(q):
-            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # keys times q^T [b, g, h/g, t]
-            o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
-        else:
-            o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-        return o.flatten(1, 2)[:, None]
-    if q.device.type != "cpu":
-        return attend_fused(q, k, v, bias, scale)
-    if q.shape[1] == k.shape[1] and kernel.fp32_is_faster(q):       # a first chunk: half of it is masked
-        padded = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))   # the fastest kernel wants v = d
-        o = attend_fused(q.float(), k.float(), padded.float(), bias, scale)
-        return o[..., :v.shape[-1]].to(q.dtype)
-    heads = zip(q.unbind(2), k.unbind(2), v.unbind(2))
-    return torch.cat([attend_head(*head, bias, scale) for head in heads], dim=2)
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, nothing came before
-    them: then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
-    first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
-    # That kernel lets heads share keys as they lie there; of those for fp32 on a GPU none does
-    grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
-    if shared and not grouped:
-        k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]
-    q = q.flatten(2, 3).transpose(1, 2)                                                     # [b, h, s, d]
-    o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale,
-                                       enable_gqa=grouped)
-    return o.transpose(1, 2)                                                                # [b, s, h, v]
-
-
-def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` for the queries [b, s, h/g, d] of one key/value head [b, t, d], [b, t, v], on a CPU.
-
-    Written out, because PyTorch's kernel is slower where it reads a mask, and where CPUs multiply bf16.
-    Queries go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
-    """
-    dtype, s, t = q.dtype, q.shape[1], k.shape[1]
-    q, k, v = q.float(), k.float(), v.contiguous()
-    size = max(1, min(512, 2 ** 23 // t) // q.shape[2])                         # queries; scores up to 32 MB
-    o = []
-    for start in range(0, s, size):
-        block, end = q[:, start:start + size], min(t - s + start + size, t)     # a row has s slots of its own
-        scores = kernel.matmul_fp32(block.flatten(1, 2), k[:, :end].mT, dtype)
-        scores = scores.unflatten(1, block.shape[1:3])                          # [b, size, h/g, end]
-        scores = torch.add(bias[:, 0, start:start + size, None, :end], scores, alpha=scale)
-        weights = scores.softmax(dim=-1).to(dtype)
-        o.append(kernel.matmul(weights.flatten(1, 2), v[:, :end]).unflatten(1, block.shape[1:3]))
-    return torch.cat(o, dim=1)                                                  # [b, s, h/g, v]
-
-
 class GQA(nn.Module):
     """Attention in which h/g query heads share a key/value head (arXiv 2305.13245).
 
@@ -541,12 +482,8 @@ class GQA(nn.Module):
         q, k = both.split([q.shape[2], k.shape[2]], dim=2)                      # [b, s, h/P, d], [b, s, g/P, d]
         keys = step.store(cache[0], k)                                          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        scale = self.head_dim ** -0.5
-        if kernel.can_attend_one(q, values):
-            o = kernel.attend_one(q, keys, values, step.positions, scale)
-        else:
-            o = attend(q, keys, values, step.bias, scale)
-        return self.wo(o.flatten(2))                                            # [b, s, h/P, d] -> [b, s, m]
+        o = attend(q, keys, values, step.bias, step.positions, self.head_dim ** -0.5)       # [b, s, h/P, d]
+        return self.wo(o.flatten(2))                                            # [b, s, m]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -617,25 +554,14 @@ class MLA(nn.Module):
         k_pe = k_pe[:, :, None].expand(-1, -1, self.heads, -1)                  # one rotary key for all heads
         k = torch.cat([k_nope, k_pe], dim=-1)                                   # V3 Eq. 4 [b, t, h/P, d+r]
         q = torch.cat([q_nope, q_pe], dim=-1)                                   # V3 Eq. 9 [b, s, h/P, d+r]
-        return attend(q, k, v, step.bias, self.scale)                           # [b, s, h/P, v]
+        return attend(q, k, v, step.bias, step.positions, self.scale)           # [b, s, h/P, v]
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
         w_k, w_v = self._up_projections()                                       # [h/P, d, c], [h/P, v, c]
         q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
-        q, bias = torch.cat([q_c, q_pe], dim=-1), step.bias                     # [b, s, h/P, c+r]
-        keys = latents[:, :, None]                                              # [b, t, 1, c+r]: of all heads
-        if kernel.can_attend_one(q, keys[..., :self.c]):
-            o_c = kernel.attend_one(q, keys, keys[..., :self.c], step.positions, self.scale)
-        elif kernel.fp32_is_faster(q):          # all heads as queries of one, so that latents are read once
-            bias, keys = bias.repeat_interleave(self.heads, dim=2), latents[:, None]        # [b, 1, t, c+r]
-            o_c = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys, keys, bias, scale=self.scale)
-            o_c = o_c[:, 0, :, :self.c].unflatten(1, q_c.shape[1:3])            # [b, s, h/P, c]
-        else:
-            scores = (latents @ q.flatten(1, 2).mT).mT.unflatten(1, q_c.shape[1:3])         # [b, s, h/P, t]
-            scores = torch.add(bias.transpose(1, 2), scores.float(), alpha=self.scale)
-            weights = scores.softmax(dim=-1).to(q.dtype)                        # V3 Eq. 10
-            o_c = (weights.flatten(1, 2) @ latents)[..., :self.c].view_as(q_c)  # [b, s, h/P, c]
+        q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
+        o_c = attend_latents(q, latents, self.c, step.bias, step.positions, self.scale)     # [b, s, h/P, c]
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention
 import kernel
 from model import Config, MoE, Runtime
 
@@ -54,14 +55,14 @@ def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, shared, re
     buffer = noise(4, slots + 5, groups, shared + rest)[:, :slots]          # not contiguous, as in a cache
     k, v = buffer, buffer[..., :shared] if rest else noise(4, slots, groups, shared, seed=1)
     q = noise(4, 1, groups * heads, shared + rest, seed=2)
-    assert kernel.can_attend_one(q, v)
+    assert attention.can_attend_one(q, v)
     scores = torch.einsum("bghd,btgd->bght", q.double().view(4, groups, heads, -1), k.double()) * 0.3
     hidden = torch.arange(slots) > ends[:, :, None, None]
     exact = torch.einsum("bght,btgd->bghd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
     buffer[:, 700:] = torch.nan                                                 # nobody looks there
-    ours = kernel.attend_one(q, k, v, ends, 0.3)
+    ours = attention.attend_one(q, k, v, ends, 0.3)
     assert_close(ours, exact.view(4, 1, groups * heads, -1))
-    assert torch.equal(kernel.attend_one(q[:1], k[:1, :300], v[:1, :300], ends[:1], 0.3), ours[:1])
+    assert torch.equal(attention.attend_one(q[:1], k[:1, :300], v[:1, :300], ends[:1], 0.3), ours[:1])
 
 
 @pytest.mark.parametrize("m, n, k", [*((m, 130, 256) for m in range(18)), (1, 192, 1024), (17, 64, 2048),

@@ -12,7 +12,8 @@ import tiny
 import torch
 
 import kernel
-from model import Cache, Config, Runtime, attend, attend_fused
+from attention import attend, attend_fused, attend_latents
+from model import Cache, Config, Runtime
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
@@ -57,23 +58,38 @@ def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, m
     starts = torch.tensor([t - s, max(0, t - s - 20)])
     hidden = torch.arange(t) > (starts[:, None] + torch.arange(s))[..., None]               # [b, s, t]
     bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
-    scale = 4 * d ** -0.5
+    positions, scale = starts[:, None] + torch.arange(s), 4 * d ** -0.5
     k64, v64 = (x.double().repeat_interleave(heads // groups, 2) for x in (k, values))
     scores = scale * torch.einsum("bshd,bthd->bhst", q.double(), k64) + bias
     exact = torch.einsum("bhst,bthv->bshv", scores.softmax(-1), v64)
     ways = []
     for multiplies_bf16 in (True, False):           # CPUs of both kinds
         monkeypatch.setattr(kernel, "MULTIPLIES_BF16", multiplies_bf16)
-        ways.append(attend(q, k, values, bias.to(dtype), scale))
+        ways.append(attend(q, k, values, bias.to(dtype), positions, scale))
         if s == 1:
             with monkeypatch.context() as compiled:
                 compiled.setattr(torch.compiler, "is_compiling", lambda: True)
-                ways.append(attend(q, k, values, bias.to(dtype), scale))
+                ways.append(attend(q, k, values, bias.to(dtype), positions, scale))
     if s > 1:
         ways.append(attend_fused(q.unflatten(2, (groups, -1)), k, values, bias.to(dtype), scale))
     for result in ways:
         assert result.shape == exact.shape and result.dtype == dtype
         assert (result - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("s", [1, 30])
+def test_attention_among_latents_is_its_formula(s, monkeypatch):
+    """In float64: 5 heads with the same keys of 96 + 32 numbers, of which 96 are the values. fp32 sums."""
+    generator, scale = torch.Generator().manual_seed(0), 0.2
+    q, keys = (torch.randn(2, *shape, 128, generator=generator) for shape in ((s, 5), (200,)))
+    positions = torch.tensor([[150], [170]]) + torch.arange(s)
+    bias = torch.zeros(2, s, 200).masked_fill(torch.arange(200) > positions[..., None], -torch.inf)[:, None]
+    scores = scale * torch.einsum("bshd,btd->bhst", q.double(), keys.double()) + bias
+    exact = torch.einsum("bhst,btc->bshc", scores.softmax(-1), keys[..., :96].double())
+    for fp32_is_faster in (False, True):
+        monkeypatch.setattr(kernel, "fp32_is_faster", lambda x: fp32_is_faster)
+        result = attend_latents(q, keys, 96, bias, positions, scale)
+        assert result.shape == exact.shape and (result - exact).norm() <= 1e-6 * exact.norm()
 
 
 def test_chunks_and_single_tokens_equal_one_pass(model):

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import attention
 import generate
 import kernel
 import model as core
@@ -228,8 +229,8 @@ def test_the_device_decides_and_fp8_path_overrules_it(kind, monkeypatch):
     assert paths() == (product, dequantisation)
     assert kernel.default_mode(device) == ("gemm" if product == "triton" else "dequant")
     query = torch.empty(2, 1, 6, 128)
-    assert kernel.can_attend_one(query, query) == (kind not in ("cpu", "old"))
-    assert not kernel.can_attend_one(query, query[..., :32])                        # 96 is no power of two
+    assert attention.can_attend_one(query, query) == (kind not in ("cpu", "old"))
+    assert not attention.can_attend_one(query, query[..., :32])                        # 96 is no power of two
     wins = lambda m, w=w, dtype=torch.bfloat16: kernel.scaled_mm_wins(m, w, dtype)      # noqa: E731
     assert [wins(1), wins(256), wins(257)] == [False, False, has_scaled_mm]
     assert not wins(257, w[:, :200]) and not wins(257, w[:200 - 1]) and not wins(257, w, torch.float32)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+import attention
 import decode
 import kernel
 from decode import Decoder
@@ -100,15 +101,15 @@ def test_one_query_a_row_attends_to_what_its_row_holds(groups, heads, size, rest
     k = noise(4, slots + 5, groups, size + rest).to(GPU, dtype)[:, :slots]
     v = k[..., :size] if rest else noise(4, slots, groups, size, seed=1).to(GPU, dtype)
     q = noise(4, 1, groups * heads, size + rest, seed=2).to(GPU, dtype)
-    assert kernel.can_attend_one(q, v)
+    assert attention.can_attend_one(q, v)
     scale = (size + rest) ** -0.5
     scores = torch.einsum("bghd,btgd->bght", q.double().view(4, groups, heads, -1), k.double()) * scale
     hidden = torch.arange(slots, device=GPU) > ends[:, :, None, None]
     exact = torch.einsum("bght,btgd->bghd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
-    ours = kernel.attend_one(q, k, v, ends, scale)
+    ours = attention.attend_one(q, k, v, ends, scale)
     assert (ours.double() - exact.view(4, 1, groups * heads, -1)).norm() <= tolerance * exact.norm()
     for _ in range(20):
-        assert torch.equal(kernel.attend_one(q, k, v, ends, scale), ours)
+        assert torch.equal(attention.attend_one(q, k, v, ends, scale), ours)
 
 
 @pytest.fixture(autouse=True)
