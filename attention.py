@@ -16,6 +16,8 @@ from kernel import triton
 if triton:
     import triton.language as tl
 
+QUERIES, SCORES = 512, 2 ** 23      # on a CPU at once, at most: queries times heads, and fp32 scores (32 MB)
+
 # ------------------------------------------------------------------------------------------------------------
 # 1. In PyTorch
 
@@ -70,7 +72,7 @@ def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
     """
     dtype, s, t = q.dtype, q.shape[1], k.shape[1]
     q, k, v = q.float(), k.float(), v.contiguous()
-    size = max(1, min(512, 2 ** 23 // t) // q.shape[2])                         # queries; scores up to 32 MB
+    size = max(1, min(QUERIES, SCORES // t) // q.shape[2])                      # queries of each head
     o = []
     for start in range(0, s, size):
         block, end = q[:, start:start + size], min(t - s + start + size, t)     # its last query is at end - 1

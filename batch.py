@@ -166,7 +166,7 @@ def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dic
 def describe(event, tokens: list[int], given: dict, chat: Chat) -> dict:
     """A line of the output: the end of a completion and what it belongs to."""
     text = chat.tokenizer.decode(tokens)
-    reasoning, answer, _ = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
+    reasoning, answer = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
     given = {key: given[key] for key in ("prompt", "messages") if key in given}
     return {"index": event.prompt, "sample": event.sample, **given, "text": text, "reasoning": reasoning,
             "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}

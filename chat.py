@@ -10,7 +10,8 @@ one token; its bars are U+FF5C, its blanks U+2581. One that a user types is not 
 """
 import json
 import re
-from datetime import datetime
+from collections.abc import Callable, Iterable
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Tokenizer:
     no tokenizer, ValueError naming a file that cannot be read.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         self._json = self._pieces = None            # one of two libraries; sentencepiece is for older Llamas
         if (folder / "tokenizer.json").is_file():
@@ -46,14 +47,14 @@ class Tokenizer:
         if path.is_file():
             self.chat_template = _read(path, lambda path: path.read_text(encoding="utf-8"))
 
-    def _open_json(self, path):
+    def _open_json(self, path: Path) -> None:
         self._json = tokenizers.Tokenizer.from_file(str(path))
         self._json.no_truncation()                  # a file may keep training settings; prompts are never cut
         self._json.no_padding()
         self.n_tokens = max(self._json.get_vocab().values()) + 1    # R1: 128,815 of 129,280 logit rows
         self.special_ids = {i for i, t in self._json.get_added_tokens_decoder().items() if t.special}
 
-    def _open_sentencepiece(self, path):
+    def _open_sentencepiece(self, path: Path) -> None:
         import sentencepiece
         self._pieces = pieces = sentencepiece.SentencePieceProcessor()
         pieces.Load(str(path))
@@ -64,7 +65,7 @@ class Tokenizer:
         self.special_ids = {i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)}
         self._special = {pieces.id_to_piece(i): i for i in self.special_ids}
 
-    def _open_config(self, path):
+    def _open_config(self, path: Path) -> None:
         config = _json_object(path)
         self.bos, self.eos = self._named(config, "bos_token"), self._named(config, "eos_token")
         template = config.get("chat_template")
@@ -74,20 +75,20 @@ class Tokenizer:
             raise ValueError(f"chat_template is {template!r}; it must be a text, or a list of named ones")
         self.chat_template = template
 
-    def _named(self, config, key):
+    def _named(self, config: dict, key: str) -> str | None:
         token = config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
         if token is not None and (not isinstance(token, str) or self.token_id(token) is None):
             raise ValueError(f"{key} {token!r} is not a token")
         return token
 
-    def token_id(self, token):
+    def token_id(self, token: str) -> int | None:
         """Id of a string that is one token, else None."""
         if self._json:
             return self._json.token_to_id(token)
         i = self._pieces.piece_to_id(token)         # what sentencepiece does not have, it calls unknown
         return i if self._pieces.id_to_piece(i) == token else None
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Ids of `text`. Adds no BOS or EOS; a special token's string in the text becomes its id."""
         if self._json:                              # a distill's file would add BOS, R1's not: keep it off
             return self._json.encode(text, add_special_tokens=False).ids
@@ -96,23 +97,23 @@ class Tokenizer:
             ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens. R1's files do not call <think> and <｜User｜> special: kept."""
         return (self._json or self._pieces).decode([i for i in ids if i not in self.special_ids])
 
 
-def _read(path, parse):
+def _read(path: Path, parse: Callable):
     try:
         return parse(path)
     except Exception as error:                      # the libraries' own errors name no file
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
-def _json_object(path):
+def _json_object(path: Path) -> dict:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _stop_ids(path):
+def _stop_ids(path: Path) -> list[int]:
     stop = _json_object(path).get("eos_token_id")
     stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
     if not all(type(i) is int for i in stop):
@@ -128,7 +129,7 @@ class Chat:
     style "r1" or "distill". Another checkpoint is rendered by its own template, "jinja". Neither: ValueError.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, has = tokenizer, lambda tokens: all(tokenizer.token_id(t) is not None for t in tokens)
         if has([USER, ASSISTANT, THINK]) and tokenizer.bos and tokenizer.eos:
             self.style = "r1" if has(TOOLS) else "distill"
@@ -140,26 +141,28 @@ class Chat:
             raise ValueError(f"{tokenizer.folder}: unknown conversation format: neither a chat template nor "
                              f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token){absent}")
 
-    def check(self, messages):
+    def check(self, messages: list[dict]) -> None:
         """ValueError names a malformed message and its field."""
         for i, message in enumerate(messages):
             role = message.get("role") if isinstance(message, dict) else None
             if role not in ("system", "user", "assistant", "tool"):
-                raise ValueError(f"messages[{i}]: expected a dict with role system, user, assistant or tool")
-            null = message.get("content") is None and role == "assistant" and message.get("tool_calls")
-            if not isinstance(message.get("content"), str) and not null:
-                raise ValueError(f"messages[{i}].content: expected a string (null only with tool_calls)")
+                raise ValueError(f"messages[{i}].role is {role!r}; it must be system, user, assistant or tool")
+            content = message.get("content")
+            if not isinstance(content, str) and not (content is None and role == "assistant"
+                                                     and message.get("tool_calls")):
+                raise ValueError(f"messages[{i}].content is {content!r}; it must be a string (null only with "
+                                 f"tool_calls)")
             try:
-                (message.get("content") or "").encode()
+                (content or "").encode()
             except UnicodeEncodeError as error:     # half of a surrogate pair, or bytes that were not UTF-8
                 raise ValueError(f"messages[{i}].content: not valid Unicode ({error})") from None
 
-    def render(self, messages, add_generation_prompt=True):
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The prompt as text. ValueError as `check`, or if a checkpoint's own template refuses."""
         self.check(messages)
         return (self._jinja if self.style == "jinja" else self._r1)(messages, add_generation_prompt)
 
-    def encode(self, messages):
+    def encode(self, messages: list[dict]) -> list[int]:
         """Ids of the prompt for the next answer. R1: exactly one BOS, in front. Other templates: what they
         write (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
         ids = self.tokenizer.encode(self.render(messages))
@@ -169,11 +172,11 @@ class Chat:
             raise ValueError(f"a prompt has one {self.tokenizer.bos}, in front; here are {ids.count(bos)}")
         return ids
 
-    def thinks(self, prompt_text):
+    def thinks(self, prompt_text: str) -> bool:
         """Whether a rendered prompt ends with an open <think>, so that the completion begins as reasoning."""
         return prompt_text.rstrip().endswith(THINK)
 
-    def _r1(self, messages, add_generation_prompt):
+    def _r1(self, messages: list[dict], add_generation_prompt: bool) -> str:
         r1, eos = self.style == "r1", self.tokenizer.eos
         # System text goes in front from wherever it stands. R1 joins several, the distills keep the last.
         system = [message["content"] for message in messages if message["role"] == "system"]
@@ -202,7 +205,7 @@ class Chat:
         # <think> is forced since February 2025: given the choice, the model sometimes skipped its reasoning.
         return text + ASSISTANT + THINK + "\n" if add_generation_prompt else text
 
-    def _calls(self, where, content, calls, called):
+    def _calls(self, where: str, content: str, calls: list[dict], called: bool) -> str:
         text, end = "", CALLS_END + self.tokenizer.eos
         if not isinstance(calls, list):
             raise ValueError(f"{where}: expected a list; it is {calls!r}")
@@ -218,7 +221,7 @@ class Chat:
             called = True
         return text + end if self.style == "r1" else text
 
-    def _jinja(self, messages, add_generation_prompt):
+    def _jinja(self, messages: list[dict], add_generation_prompt: bool) -> str:
         tokens = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
         tokens = {name: token for name, token in tokens.items() if token}   # undefined prints "", None "None"
         try:
@@ -228,7 +231,7 @@ class Chat:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 
-def _template(tokenizer):
+def _template(tokenizer: Tokenizer):
     """A checkpoint's own template with what HuggingFace gives to it. ValueError: it cannot be read."""
     import jinja2.sandbox                           # sandboxed: a template is somebody else's code
 
@@ -256,11 +259,11 @@ class TextStream:
     """
     LONGEST = 32                                    # tokens; only endless broken UTF-8 or blanks get there
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self.decode, self.special_ids = tokenizer.decode, tokenizer.special_ids
         self.context, self.held = [], []
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         """The text that this token completes, "" in the middle of a character."""
         if token in self.special_ids:
             return ""
@@ -268,7 +271,7 @@ class TextStream:
         broken = self.decode(self.context + self.held).endswith("\ufffd") and len(self.held) < self.LONGEST
         return "" if broken else self.flush()
 
-    def flush(self):
+    def flush(self) -> str:
         """What is held back; an incomplete character becomes U+FFFD."""
         text = self.decode(self.context + self.held)[len(self.decode(self.context)):]
         keep = self.held if self.decode(self.held) else self.context + self.held   # context must show
@@ -284,12 +287,12 @@ class ReasoningParser:
     unless it begins with the tag. What may become a tag is held back; newlines before a part are dropped.
     """
 
-    def __init__(self, thinking):
+    def __init__(self, thinking: bool):
         self.part = "reasoning" if thinking else "answer"
         self.held = ""
         self.opening = self.blank = True            # <think> may still come; nothing of this part so far
 
-    def feed(self, text):
+    def feed(self, text: str) -> list[tuple[str, str]]:
         """Pieces ("reasoning" | "answer", text) that are certain now."""
         self.held += text
         if self.opening:
@@ -309,23 +312,23 @@ class ReasoningParser:
         self.part, self.held, self.blank = "answer", answer, True
         return pieces + self.flush()
 
-    def flush(self):
+    def flush(self) -> list[tuple[str, str]]:
         """The end of the stream: what was held back was no tag."""
         return self._release(len(self.held))
 
-    def _release(self, n):
+    def _release(self, n: int) -> list[tuple[str, str]]:
         text, self.held = self.held[:n], self.held[n:]
         text = text.lstrip("\n") if self.blank else text
         self.blank = self.blank and not text
         return [(self.part, text)] if text else []
 
 
-def split_reasoning(text, thinking):
-    """(reasoning, answer, finished_thinking) of a whole completion; `thinking` as in ReasoningParser."""
+def split_reasoning(text: str, thinking: bool) -> tuple[str, str]:
+    """(reasoning, answer) of a whole completion; `thinking` as in ReasoningParser."""
     parser = ReasoningParser(thinking)
     pieces = parser.feed(text) + parser.flush()
     reasoning, answer = ("".join(text for part, text in pieces if part == p) for p in ("reasoning", "answer"))
-    return reasoning.strip(), answer, parser.part == "answer"
+    return reasoning.strip(), answer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,7 +402,7 @@ SEARCH_TEMPLATE_EN = (
     "{question}")
 
 
-def advised(messages, boxed=False, allow_system=False):
+def advised(messages: list[dict], boxed: bool = False, allow_system: bool = False) -> tuple[list[dict], bool]:
     """Messages as R1's README advises them, and whether a system message was folded: (messages, folded).
 
     R1 was not made for system prompts, and wants all instructions in the user's turn: so system text goes in
@@ -417,18 +420,18 @@ def advised(messages, boxed=False, allow_system=False):
     return turns, folded
 
 
-def file_prompt(name, content, question):
+def file_prompt(name: str, content: str, question: str) -> str:
     """A question about an uploaded file."""
     return FILE_TEMPLATE.format(file_name=name, file_content=content, question=question)
 
 
-def search_prompt(pages, question, today):
+def search_prompt(pages: list[str], question: str, today: date) -> str:
     """A question with the texts of web pages to answer it from, cited as [citation:1] and so on.
 
-    In Chinese if the question has a Chinese character (Japanese ones count). `today` is a date.
+    In Chinese if the question has a Chinese character (Japanese ones count).
     """
     results = "\n".join(f"[webpage {i} begin]{page}[webpage {i} end]" for i, page in enumerate(pages, 1))
     chinese = any("\u4e00" <= letter <= "\u9fff" for letter in question)
-    date = f"{today.year}年{today.month}月{today.day}日" if chinese else f"{today:%B} {today.day}, {today.year}"
+    day = f"{today.year}年{today.month}月{today.day}日" if chinese else f"{today:%B} {today.day}, {today.year}"
     template = SEARCH_TEMPLATE_ZH if chinese else SEARCH_TEMPLATE_EN
-    return template.format(search_results=results, cur_date=date, question=question)
+    return template.format(search_results=results, cur_date=day, question=question)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from kernel import linear
+import kernel
 from model import Block, Cache, RMSNorm, Step, Transformer
 
 OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and sum may be one instruction
@@ -50,16 +50,16 @@ def layer(block: Block, weights: dict[str, Tensor], x: Tensor, positions: Tensor
 
 
 def head(norm: RMSNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    return linear(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
+    return kernel.linear(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
 
 
 def parts_of(model: Transformer, rows: int) -> list[Part]:
     """The layers of the model, then its head. A step reads the first `slots` of the cache's `room`."""
     cache = Cache.allocate(model.cfg, replace(model.rt, rows=rows, max_seq_len=512))
-    x, now = torch.empty(rows, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache.lengths, 256)
+    x, step = torch.empty(rows, 1, model.cfg.dim, dtype=model.rt.dtype), model.step(1, cache.lengths, 256)
     parts = []
     for block, buffers in zip(model.layers, cache.layers):
-        inputs = [x, *vars(now).values(), *buffers]
+        inputs = [x, *vars(step).values(), *buffers]        # the third is the mask [b, 1, 1, t]
         open_axes = {2: {3: "slots"}} | {i: {1: "room"} for i in range(6, len(inputs))}
         parts.append(Part(functools.partial(layer, block), block.state_dict(), inputs, open_axes))
     weights = {"norm": model.norm.weight, "head": model.head.weight}
@@ -85,9 +85,9 @@ def compile_forward(model: Transformer, cache: Cache) -> Callable:
     calls = [(run, list(part.weights.values())) for run, part in make_parts(model, rows=len(cache.lengths))]
 
     def forward(tokens: Tensor, slots: int) -> Tensor:
-        x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
+        x, step = model.embed(tokens), model.step(1, cache.lengths, slots)
         for (run, weights), buffers in zip(calls, cache.layers):
-            x, = run([x, *vars(now).values(), *buffers, *weights])
+            x, = run([x, *vars(step).values(), *buffers, *weights])
         cache.lengths += 1
         run, weights = calls[-1]
         return run([x, *weights])[0]

@@ -37,17 +37,18 @@ def check(rt: Runtime) -> Runtime:
                              f"{rt.fp8}")
     if rt.compile and rt.device.type == "cuda":
         least = (7, 0) if rt.dtype == torch.float32 else (8, 0)         # TorchInductor's, and its bf16's
-        able = kernel.triton and torch.cuda.get_device_capability(rt.device) >= least
-        if not able or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
-            raise ValueError("--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in float32), "
-                             "and with --fp8 gemm a GPU that multiplies e4m3; leave it out, or see README's "
-                             "requirements")
+        has = torch.cuda.get_device_capability(rt.device)
+        if not kernel.triton or has < least or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
+            raise ValueError(f"--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in float32), "
+                             f"and with --fp8 gemm a GPU that multiplies e4m3; here are capability {has[0]}."
+                             f"{has[1]} and {'' if kernel.triton else 'no '}Triton; leave it out, or see README's "
+                             f"requirements")
     return rt
 
 
 def precompile(model: Transformer) -> None:
-    """Compile the layers of all steps, if they are to be: no answer waits for it. ValueError: the model has
-    FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
+    """With rt.compile, compile the layers of all steps now, so that no answer waits for it. ValueError: the
+    model has FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
     rt = model.rt
     if not rt.compile:
         return
@@ -90,12 +91,12 @@ def fused_layers(model: Transformer, cache: Cache, tokens: Tensor, slots: int) -
     the compiler makes a copy, which attend_kernel would read at the strides of the original."""
     tune = len(tokens) == 1 and not model.cfg.fp8       # else cuBLAS and kernel.py read the weights
     run = fuse(Block.forward, tune, model.rt.tp.size)
-    x, now = model.embed(tokens), model.step(1, cache.lengths, slots)
-    torch._dynamo.maybe_mark_dynamic(now.bias, 3)
+    x, step = model.embed(tokens), model.step(1, cache.lengths, slots)
+    torch._dynamo.maybe_mark_dynamic(step.bias, 3)
     for block, buffers in zip(model.layers, cache.layers):
         for buffer in buffers:
             torch._dynamo.maybe_mark_dynamic(buffer, 1)
-        x = run(block, x, now, buffers)
+        x = run(block, x, step, buffers)
     cache.lengths.add_(1)
     return x
 

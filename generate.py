@@ -116,7 +116,7 @@ class ThinkBudget:
     tokens: int
     opening: int                        # id of <think>
     closing: int                        # id of </think>
-    ending: tuple[int, ...]             # what is written in the model's place: a newline, </think>, a newline
+    ending: tuple[int, ...]             # what is written in the model's place: "\n</think>\n\n"
 
 
 class Loop:
@@ -268,9 +268,10 @@ def agreed(cancelled: Callable[[], bool] | None, rt: Runtime) -> bool:
     """Rank 0's answer to `cancelled`, on every rank, so that all stop at the same forward pass."""
     if cancelled is None:
         return False
+    if rt.tp.size == 1:
+        return cancelled()
     answer = torch.tensor(rt.tp.rank == 0 and cancelled(), device=rt.device)
-    if rt.tp.size > 1:
-        dist.broadcast(answer, src=0, group=rt.tp.group)
+    dist.broadcast(answer, src=0)
     return bool(answer)
 
 
@@ -309,7 +310,7 @@ class Draw:
         if tp.rank == 0:
             tokens = torch.where(forced < 0, sample(logits, self.sampling, uniforms), forced)
         if tp.size > 1:     # ranks that drew for themselves would drift apart on the first rounding error
-            dist.broadcast(tokens, src=0, group=tp.group)
+            dist.broadcast(tokens, src=0)
         return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
 
 
@@ -520,11 +521,15 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
 
 
 def runtime(args: argparse.Namespace, cfg: Config, ranks: Ranks, rows: int, max_seq_len: int) -> Runtime:
-    auto, best = "float32" if cfg.dtype == "float32" else "bfloat16", kernel.default_mode(ranks.device)
-    fp8 = best if args.fp8 == "auto" else args.fp8
-    dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
+    dtype, fp8 = precision(args, cfg, ranks.device)
     return check(Runtime(ranks.device, dtype, fp8, ranks.tp, rows, max_seq_len, args.prefill_chunk,
                          args.compile))
+
+
+def precision(args: argparse.Namespace, cfg: Config, device: torch.device) -> tuple[torch.dtype, str]:
+    """--dtype and --fp8, "auto" decided."""
+    auto, best = "float32" if cfg.dtype == "float32" else "bfloat16", kernel.default_mode(device)
+    return DTYPES[auto if args.dtype == "auto" else args.dtype], best if args.fp8 == "auto" else args.fp8
 
 
 def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped: int = 0) -> Runtime:
@@ -614,7 +619,8 @@ def make_parser() -> Parser:
 
 
 def add_sampling(parser: Parser) -> None:
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature,
+                        help="0 is greedy (%(default)s)")
     parser.add_argument("--think-budget", type=int, metavar="N",
                         help="close the reasoning after N tokens (default: the model does)")
     parser.add_argument("--stop-loops", action=argparse.BooleanOptionalAction, default=None,
@@ -626,7 +632,7 @@ def add_sampling(parser: Parser) -> None:
                         help=r"add R1's directive for mathematics: the answer in \boxed{}")
     parser.add_argument("--allow-system", action="store_true",
                         help="keep system messages, which R1 was not made for, out of the user's turn")
-    parser.add_argument("--top-p", type=float, default=0.95,
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p,
                         help="draw from the likeliest tokens that have this much probability (%(default)s)")
     parser.add_argument("--seed", type=int, help="makes a run repeatable; default: a new one each time")
 

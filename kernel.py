@@ -62,7 +62,7 @@ def act_quant(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     if path(x.device) == "triton" and not torch.compiler.is_compiling():    # a compiler merges what is below
         return _launch_act_quant(x, ue8m0)
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., kb, 128]
-    scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # the clamp keeps an all-zero block from 0 / 0
+    scale = blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX    # DeepSeek's least, so no 0 / 0
     if ue8m0:   # adding a full mantissa carries into the exponent, unless the mantissa was zero
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     q = (blocks / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(FP8)
@@ -253,7 +253,7 @@ def sums(x: Tensor) -> Tensor:
 
 
 def stored(x: Tensor) -> Tensor:
-    """x, kept from merging with what uses it: the compiler would convert x again for each row of a matrix."""
+    """x, in memory: merged with what uses it, the compiler would convert x again for each row of a matrix."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -485,7 +485,8 @@ if triton:
     def grouped_kernel(a, a_scale, w1, w2, w1_scale, w2_scale, y, order, expert, first, stop, m, n, m_stride,
                        k_stride, n_experts, n_tiles, slots_per_row, K: tl.constexpr, ROWS: tl.constexpr,
                        COLUMNS: tl.constexpr, SWAP: tl.constexpr):
-        """One tile of y [1 or 2, m slots, n]: rows are gathered by the plan and scattered back by it."""
+        """One tile of y [1 or 2, m slots, n]: rows are gathered by the plan and scattered back by it. Of two
+        stacks of weights w1 and w2 (an MLP's w1 and w3) programs of axis 1 choose one."""
         tile, column_tile = place(tl.program_id(0), n_tiles, tl.cdiv(n, COLUMNS))
         e = tl.load(expert + tile)
         if e >= n_experts:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import kernel
+from attention import QUERIES, SCORES
 from model import Cache, Config, Runtime, Transformer
 
 GIB = 2 ** 30
@@ -91,19 +92,19 @@ def activations(model: Transformer, rt: Runtime) -> int:
     heads = cfg.n_heads // ranks
     if cfg.mla:
         a = cfg.mla
-        qk, v, groups = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
+        qk, v, kv_heads = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
         latent = (a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)
         projected = s * (heads * (3 * qk + 2 * v) + latent)
         expanded = t * heads * (qk + a.qk_nope_head_dim + v)
     else:
-        qk, v, groups = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
-        projected, expanded = s * qk * (4 * heads + 4 * groups), 0
+        qk, v, kv_heads = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
+        projected, expanded = s * qk * (4 * heads + 4 * kv_heads), 0
     # attention.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores;
     # or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one more copy
-    scores = min(min(512, s * heads // groups) * t, 2 ** 23)
-    block = (4 * qk * (t + s * heads // groups) + scores * (size + 8)) // size + t * v
+    scores = min(min(QUERIES, s * heads // kv_heads) * t, SCORES)
+    block = (4 * qk * (t + s * heads // kv_heads) + scores * (size + 8)) // size + t * v
     triangle = s * heads * qk * 5 * 4 // size if kernel.fp32_is_faster(rt) else 0
-    attention = expanded + max(t * heads * (qk + v) * (groups < heads), block, triangle)
+    attention = expanded + max(t * heads * (qk + v) * (kv_heads < heads), block, triangle)
     if cfg.mla:
         limit = model.layers[0].attn.absorb_up_to
         score = size if kernel.fp32_is_faster(rt) else 3 * 4    # the mask for each head; or scores in fp32

@@ -7,8 +7,9 @@
         x = x + feed_forward(norm(x))      MLP in the distills and R1's first 3 layers, MoE in R1's other 58
 
 Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA,
-7 MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. This file only
-declares parameters; convert.py has the table from HuggingFace's names to these, and fills them.
+7 MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. Parameters are
+only declared here; convert.py has the table from HuggingFace's names to these, and fills them. attention.py has
+softmax(q k^T) v in fast forms, kernel.py FP8 and matrix products.
 
 Equation numbers: "V3" DeepSeek-V3 report (arXiv 2412.19437), "V2" DeepSeek-V2 (2405.04434), "YaRN"
 (2309.00071). What V3 needs for training only is not in here: balance loss (Eq. 17-20), bias updates, and
@@ -25,11 +26,9 @@ Dimension letters, the same in shape comments and einsums:
 Each of P tensor-parallel ranks holds h/P heads and f/P feed-forward channels of everything. All communication
 is two all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of the logits.
 """
-import json
 import math
 import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ import kernel
 from attention import attend, attend_latents
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Config: what a checkpoint is. Runtime: how we run it. No field stands in both.
+# 1. Config: what a checkpoint is. Runtime: how we run it.
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ class Config:
 
     def __post_init__(self):
         if (self.gqa is None) == (self.mla is None):
-            raise ValueError("config needs exactly one of the groups 'gqa' and 'mla'")
+            raise ValueError(f"a config needs one of the groups 'gqa' and 'mla'; this one has "
+                             f"{'both' if self.gqa else 'neither'}")
         if self.gqa and self.n_heads % self.gqa.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is no multiple of gqa.n_kv_heads {self.gqa.n_kv_heads}")
         if self.dtype not in DTYPES:
@@ -150,16 +150,9 @@ class Config:
         return self.mla.qk_rope_head_dim if self.mla else self.gqa.head_dim
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "Config":
-        """Read a config of ours: config_671B.json, configs/, or a converted folder's."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    @classmethod
     def from_dict(cls, data: dict) -> "Config":
-        """Build from parsed JSON. ValueError names a key that is unknown, missing, or of another type."""
+        """From our own JSON: config_671B.json, configs/, or a converted folder's (convert.load_config reads
+        these, and HuggingFace's). ValueError names a key that is unknown, missing, or of another type."""
         return _from_dict(cls, data)
 
     def legal_ranks(self) -> list[int]:
@@ -184,7 +177,7 @@ MAY_BE_ZERO = {"n_dense_layers", "n_shared_experts", "original_context_len", "ms
 def _from_dict(cls, data: dict, where: str = ""):
     """Build the dataclass `cls` from JSON, every key known, every required key there, every type right."""
     if not isinstance(data, dict):
-        raise ValueError(f"{where or 'a config '}must be a JSON object; it is {data!r}")
+        raise ValueError(f"a config must be a JSON object; it is {data!r}")
     known = {field.name: field for field in fields(cls)}
     if unknown := data.keys() - known.keys():
         raise ValueError(f"unknown key {where + min(unknown)!r}; known: {', '.join(known)}")
@@ -209,10 +202,9 @@ def _from_dict(cls, data: dict, where: str = ""):
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's place among the tensor-parallel ranks. Size 1 needs no group; None is the default."""
+    """This process's place among the tensor-parallel ranks, which are all of the default process group."""
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +231,7 @@ def declare(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: scales every token to unit size, without mean or bias."""
+    """x / sqrt(mean(x^2) + eps) * weight: scales every token to a root mean square of 1; no mean, no bias."""
 
     def __init__(self, dim: int, eps: float, rt: Runtime):
         super().__init__()
@@ -335,7 +327,7 @@ class Cache:
 
         def heads() -> Tensor:
             slots, g, d = rt.max_seq_len, cfg.gqa.n_kv_heads // rt.tp.size, cfg.gqa.head_dim
-            if rt.device.type == "cpu":     # in memory head by head, as they are read: 10 % of a long decode
+            if rt.device.type == "cpu":     # in memory head by head, as they are read: 10 % faster
                 return zeros(rt.rows, g, slots, d, rt=rt).transpose(1, 2)
             return zeros(rt.rows, slots, g, d, rt=rt)
 
@@ -381,7 +373,7 @@ class Step:
 def all_reduce(x: Tensor, tp: Shard) -> Tensor:
     """Sum the ranks' partial results, in place."""
     if tp.size > 1:
-        dist.all_reduce(x, group=tp.group)
+        dist.all_reduce(x)
     return x
 
 
@@ -390,7 +382,7 @@ def all_gather(x: Tensor, tp: Shard) -> Tensor:
     if tp.size == 1:
         return x
     slices = [torch.empty_like(x) for _ in range(tp.size)]
-    dist.all_gather(slices, x.contiguous(), group=tp.group)
+    dist.all_gather(slices, x.contiguous())
     return torch.cat(slices, dim=-1)
 
 
@@ -474,7 +466,7 @@ class GQA(nn.Module):
         self.wo = Linear(cfg.n_heads * a.head_dim // ranks, cfg.dim, cfg, rt)
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
-        """x [b, s, m], cache: keys and values [b, t, g/P, d] -> this rank's partial sum [b, s, m]."""
+        """x [b, s, m], cache: keys and values [b, >= t, g/P, d] -> this rank's partial sum [b, s, m]."""
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, h/P, d]
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
@@ -533,7 +525,7 @@ class MLA(nn.Module):
         self.absorb_up_to = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize       # R1: 170
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
-        """x [b, s, m], cache: one buffer [b, t, c+r] -> this rank's partial sum [b, s, m]."""
+        """x [b, s, m], cache: one buffer [b, >= t, c+r] -> this rank's partial sum [b, s, m]."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compress_q else self.wq(x)     # V3 Eq. 6-7
         q = q.unflatten(-1, (self.heads, -1))                                   # [b, s, h/P, d+r]
         q_nope, q_pe = q.split([self.d, self.r], dim=-1)
@@ -565,8 +557,8 @@ class MLA(nn.Module):
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
-        """W^UK [h/P, d, c] and W^UV [h/P, v, c]: the rows of wkv_b alternate between them head by head, so
-        that convert.load_model takes it out of FP8."""
+        """W^UK [h/P, d, c] and W^UV [h/P, v, c], between which the rows of wkv_b alternate head by head. It is
+        never FP8: kernel.py multiplies no stacks of FP8 matrices, so convert.load_model dequantises it."""
         return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
 
 
@@ -593,15 +585,15 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Chooses k of e experts for each token, and how much each one counts (V3 section 2.1.2).
 
-    R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at
-    most 4 nodes. The bias b_i balances the experts' load without a loss term: training nudges it up for idle
+    R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at most
+    4 nodes. The bias b_i balances the experts' load, nearly without a loss term: training nudges it up for idle
     experts, down for busy ones. It takes part in the choice only; the weights come from the unbiased scores.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
         self.moe = cfg.moe
-        # e_i of V3 Eq. 15. In fp32 if they are so in the checkpoint, which R1's are not
+        # e_i of V3 Eq. 15. Stays in fp32 if the checkpoint has it in fp32; R1's is in bf16
         self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)
         bias = torch.empty(cfg.moe.n_routed_experts, dtype=torch.float32, device="meta")
         self.register_buffer("bias", bias)                                      # b_i of V3 Eq. 16
@@ -611,7 +603,7 @@ class Gate(nn.Module):
         moe = self.moe
         scores = kernel.linear(x.float(), self.weight.float()).sigmoid()         # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
-        biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G]
+        biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G], G groups
         # V3 section 2.1.2: a group is as good as its k/M best experts. R1: k = 8, from M = 4 of G = 8 groups,
         # so 2; which DeepSeek's code, and this, takes for any numbers
         votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
@@ -620,7 +612,7 @@ class Gate(nn.Module):
         # -inf, not 0: a negative bias may take a kept expert below 0, and it must still beat the dropped ones
         biased = biased.masked_fill(dropped[..., None], -math.inf).flatten(1)   # [n, e]
         experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # [n, k]
-        weights = scores.gather(1, experts)                                     # V3 Eq. 14: s_i, without b_i
+        weights = scores.gather(1, experts)                                     # V3 Eq. 16: s_i, without b_i
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)     # V3 Eq. 13 [n, k]
         return weights * moe.route_scale, experts           # route_scale = 2.5 is in no equation
@@ -656,9 +648,9 @@ class MoE(nn.Module):
             out = self.experts(tokens[:, None], experts)                        # [n, k, m]
             return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
         for expert in experts.unique().tolist():            # only experts that were hit are read
-            n, k = torch.where(experts == expert)           # tokens that chose it, and as which of their k
-            out = self.experts(tokens.index_select(0, n), expert)               # twice as fast as tokens[n]
-            y.index_add_(0, n, weights[n, k, None] * out)                       # V3 Eq. 12
+            token, choice = torch.where(experts == expert)  # who chose it, and as which of its k
+            out = self.experts(tokens.index_select(0, token), expert)           # twice as fast as tokens[token]
+            y.index_add_(0, token, weights[token, choice, None] * out)          # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

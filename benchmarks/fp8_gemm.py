@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
+from convert import load_config  # noqa: E402
 from model import Config, MoE, MoEConfig, Runtime  # noqa: E402
 
 if kernel.triton:
@@ -190,7 +191,7 @@ def race(m: int, weights: list[tuple]) -> list[dict]:
 
 def expert_layer(dim: int, f: int, experts: int, k: int, device: torch.device) -> MoE:
     """The routed experts of one layer of a model with R1's architecture, random, on `device`."""
-    cfg = Config.from_json(ROOT / "config_671B.json").__dict__
+    cfg = load_config(ROOT / "config_671B.json").__dict__
     moe = {**cfg["moe"].__dict__, "n_routed_experts": experts, "n_activated_experts": k, "moe_inter_dim": f}
     cfg = Config(**{**cfg, "dim": dim, "moe": MoEConfig(**{**moe, "n_expert_groups": min(8, experts // 2)})})
     layer = MoE(cfg, Runtime(device=device, fp8="gemm"))

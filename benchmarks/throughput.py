@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 import memory  # noqa: E402
 from compiled import compiler  # noqa: E402
-from convert import Checkpoint, Parser, load_model  # noqa: E402
+from convert import Checkpoint, Parser, load_config, load_model  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from model import Config, Linear, Runtime, Transformer  # noqa: E402
 
@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> dict:
     """Measure what the command line asks for. ValueError, before that, names what cannot run here."""
-    cfg = Config.from_json(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
+    cfg = load_config(args.config) if args.config else Checkpoint(args.ckpt_path).cfg
     if cfg.vocab_size < IDS.stop:
         raise ValueError(f"vocab_size is {cfg.vocab_size}; prompts are made of ids up to {IDS.stop - 1}")
     able = contenders(cfg, args.device)

@@ -14,7 +14,8 @@ import torch
 
 import attention
 import kernel
-from model import Config, MoE, Runtime
+from convert import load_config
+from model import MoE, Runtime
 
 assert kernel.INTERPRETED and kernel.path(torch.device("cpu")) == "triton"
 
@@ -190,7 +191,7 @@ def test_experts_in_one_launch_equal_float64_and_the_definition(tokens, experts,
 
 @pytest.mark.parametrize("shared", [1, 0])
 def test_an_moe_layer_is_the_same_in_two_launches_as_in_a_loop(shared, monkeypatch):
-    cfg = Config.from_json(Path(__file__).parent.parent / "configs/tiny_moe.json")
+    cfg = load_config(Path(__file__).parent.parent / "configs/tiny_moe.json")
     cfg = replace(cfg, moe=replace(cfg.moe, n_shared_experts=shared))
     layer, state = MoE(replace(cfg, fp8=True), Runtime(dtype=torch.float32, fp8="gemm")), {}
     assert layer.grouped

@@ -134,7 +134,7 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
      "np.maximum(3 * PERIODS,", "np.maximum(2 * PERIODS,",
      "test_generate::test_a_loop_is_noticed_after_four_rounds_and_256_tokens"),
     ("only rank 0 stops at Ctrl-C", "generate.py",
-     "        dist.broadcast(answer, src=0, group=rt.tp.group)\n", "        pass\n",
+     "    dist.broadcast(answer, src=0)\n", "",
      "test_interactive::test_a_conversation_folds_its_reasoning_and_ctrl_c_stops_an_answer_on_all_ranks[2]"),
     ("/retry draws the same numbers again", "generate.py",
      "job.run(model, [prompt], [(0, attempt)]", "job.run(model, [prompt], [(0, 0)]",

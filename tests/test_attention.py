@@ -13,7 +13,8 @@ import torch
 
 import kernel
 from attention import attend, attend_fused, attend_latents
-from model import Cache, Config, Runtime
+from convert import load_config
+from model import Cache, Runtime
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
@@ -162,12 +163,12 @@ def test_two_tokens_at_once_can_be_taken_back(model):
     ("configs/distill_qwen_14b.json", 196_608), ("configs/distill_qwen_32b.json", 262_144),
     ("configs/distill_llama_8b.json", 131_072), ("configs/distill_llama_70b.json", 327_680)])
 def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
-    cfg = Config.from_json(ROOT / name)
+    cfg = load_config(ROOT / name)
     assert Cache.allocate(cfg, Runtime(max_seq_len=2)).bytes_per_token() == n_bytes
 
 
 def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
-    cfg = Config.from_json(ROOT / "configs/distill_llama_70b.json")
+    cfg = load_config(ROOT / "configs/distill_llama_70b.json")
     before = resident()
     cache = Cache.allocate(cfg, Runtime(max_seq_len=32_768))                    # 10.7 GB
     assert cache.bytes_per_token() * 32_768 > 10e9
@@ -184,5 +185,5 @@ def resident() -> int:
 
 def test_absorbed_form_is_used_up_to_the_break_even_point_of_r1():
     from model import MLA
-    cfg = replace(Config.from_json(ROOT / "config_671B.json"), n_layers=1)
+    cfg = replace(load_config(ROOT / "config_671B.json"), n_layers=1)
     assert MLA(cfg, Runtime()).absorb_up_to == 170

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from benchmarks import fp8_gemm, throughput
-from convert import Checkpoint
-from model import Config, Gate, Runtime, Transformer
+from convert import Checkpoint, load_config
+from model import Gate, Runtime, Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
 
 @pytest.mark.parametrize("config", ["qwen_0.5b", "moe_0.5b"])
 def test_the_limits_count_each_active_weight_once(config):
-    cfg = Config.from_json(throughput.ROOT / f"configs/{config}.json")
+    cfg = load_config(throughput.ROOT / f"configs/{config}.json")
     model = Transformer(cfg, Runtime())
     active = 0
     for name, p in model.named_parameters():
@@ -115,7 +115,7 @@ def test_the_limits_count_each_active_weight_once(config):
 
 def test_random_weights_have_the_shapes_of_the_config(tmp_path):
     for name in ("qwen_0.5b", "moe_0.5b"):
-        cfg = Config.from_json(throughput.ROOT / f"configs/{name}.json")
+        cfg = load_config(throughput.ROOT / f"configs/{name}.json")
         cfg = dataclasses.replace(cfg, n_layers=2, vocab_size=64)
         throughput.write_random(cfg, tmp_path / name)
         assert Checkpoint(tmp_path / name).cfg == dataclasses.replace(cfg, dtype="bfloat16")

@@ -70,7 +70,7 @@ DISTILLS_HF = {
 
 @pytest.mark.parametrize("path, count", PARAMETERS.items(), ids=[path.stem for path in PARAMETERS])
 def test_parameter_count_is_the_published_one(path, count):
-    model = Transformer(Config.from_json(path), Runtime())
+    model = Transformer(load_config(path), Runtime())
     assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -82,14 +82,14 @@ def test_r1_and_r1_zero_share_one_config_and_all_eight_models_are_covered():
     (True, 1, 673_150_611_808), (True, 8, 85_140_130_848), (True, 16, 43_139_382_208),
     (False, 8, 169_560_743_936), (False, 16, 85_811_306_496)])
 def test_r1_takes_the_published_bytes_per_rank(fp8, ranks, n_bytes):
-    cfg = replace(Config.from_json(R1), fp8=fp8)
+    cfg = replace(load_config(R1), fp8=fp8)
     model = Transformer(cfg, Runtime(tp=Shard(0, ranks)))
     assert sum(t.nbytes for t in model.state_dict().values()) == n_bytes
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda path: path.stem)
 def test_legal_ranks(path):
-    cfg = Config.from_json(path)
+    cfg = load_config(path)
     expected = next((ranks for name, ranks in LEGAL.items() if path.stem.endswith("_" + name)), [1, 2, 4, 8])
     assert cfg.legal_ranks() == expected
     legal = ", ".join(map(str, expected))
@@ -99,7 +99,7 @@ def test_legal_ranks(path):
 
 @pytest.mark.parametrize("name", ["tiny_moe", "tiny_dense"])
 def test_the_tiny_shapes_can_be_cut_like_the_real_ones(name):
-    cfg = Config.from_json(ROOT / f"configs/{name}.json")
+    cfg = load_config(ROOT / f"configs/{name}.json")
     for ranks in (1, 2, 4):
         assert Transformer(cfg, Runtime(tp=Shard(0, ranks))).cfg == cfg
 
@@ -124,20 +124,20 @@ def test_every_dimension_that_ranks_share_must_be_cut_evenly(change):
 
 
 def test_dequantised_r1_can_use_32_ranks():
-    assert 32 in replace(Config.from_json(R1), fp8=False).legal_ranks()
+    assert 32 in replace(load_config(R1), fp8=False).legal_ranks()
 
 
 def test_the_published_huggingface_configs_are_ours():
-    assert config_from_hf(R1_HF) == Config.from_json(R1)
+    assert config_from_hf(R1_HF) == load_config(R1)
     for name, hf in DISTILLS_HF.items():
-        assert config_from_hf(hf) == Config.from_json(ROOT / f"configs/distill_{name}.json")
+        assert config_from_hf(hf) == load_config(ROOT / f"configs/distill_{name}.json")
 
 
 def test_settings_without_a_value_and_scales_of_v31_are_read():
     nothing = {**R1_HF["rope_scaling"], "attention_factor": None, "rope_theta": None}
-    assert config_from_hf({**R1_HF, "rope_scaling": nothing}) == Config.from_json(R1)
+    assert config_from_hf({**R1_HF, "rope_scaling": nothing}) == load_config(R1)
     v31 = config_from_hf({**R1_HF, "quantization_config": {**FP8, "scale_fmt": "ue8m0"}})
-    assert v31 == replace(Config.from_json(R1), ue8m0=True)
+    assert v31 == replace(load_config(R1), ue8m0=True)
 
 
 def test_new_style_keys_mean_the_same():
@@ -146,7 +146,7 @@ def test_new_style_keys_mean_the_same():
     scaling = {key: value for key, value in R1_HF["rope_scaling"].items() if key != "type"}
     new |= dict(dtype="bfloat16", rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, **scaling},
                 head_dim=64, qk_head_dim=192, rope_interleave=True)
-    assert config_from_hf(new) == Config.from_json(R1)
+    assert config_from_hf(new) == load_config(R1)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -207,7 +207,7 @@ def test_our_own_config_is_strict_about_keys_and_types(change, named, tmp_path):
     change(data)
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=named) as error:
-        Config.from_json(tmp_path / "config.json")
+        load_config(tmp_path / "config.json")
     assert "config.json" in str(error.value)
 
 

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException, Dynamic
 from torch.testing import assert_close
 
 import kernel
+from convert import load_config
 from model import Config, Gate, MoE, Runtime
 
 ROOT = Path(__file__).parent.parent
-TINY = Config.from_json(ROOT / "configs/tiny_moe.json")
+TINY = load_config(ROOT / "configs/tiny_moe.json")
 RUN = Runtime(dtype=torch.float32)
 X = torch.randn(500, 256, generator=torch.Generator().manual_seed(3))
 
@@ -153,7 +154,7 @@ def test_the_host_does_not_wait_to_hear_which_experts_were_chosen(monkeypatch):
 
 
 def test_r1_gate_chooses_8_of_256_from_at_most_4_of_8_groups():
-    cfg = Config.from_json(ROOT / "config_671B.json")
+    cfg = load_config(ROOT / "config_671B.json")
     x = torch.randn(64, cfg.dim, generator=torch.Generator().manual_seed(7))
     weights, experts = gate(noise(256), cfg)(x)
     assert experts.shape == (64, 8)

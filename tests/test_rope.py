@@ -16,12 +16,12 @@ import torch
 from torch.testing import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from convert import config_from_hf
-from model import MLA, Config, Runtime, apply_rope, both_angles, rope_frequencies, yarn_mscale
+from convert import config_from_hf, load_config
+from model import MLA, Runtime, apply_rope, both_angles, rope_frequencies, yarn_mscale
 
 ROOT = Path(__file__).parent.parent
-R1 = Config.from_json(ROOT / "config_671B.json")
-LLAMA = Config.from_json(ROOT / "configs/distill_llama_8b.json")
+R1 = load_config(ROOT / "config_671B.json")
+LLAMA = load_config(ROOT / "configs/distill_llama_8b.json")
 
 
 def as_saved(hf) -> dict:
@@ -29,7 +29,7 @@ def as_saved(hf) -> dict:
 
 
 def test_plain_frequencies_fall_from_1_to_1_over_theta():
-    freqs, factor = rope_frequencies(Config.from_json(ROOT / "configs/distill_qwen_7b.json").rope, 128)
+    freqs, factor = rope_frequencies(load_config(ROOT / "configs/distill_qwen_7b.json").rope, 128)
     expected = torch.tensor([10000.0 ** (-2 * j / 128) for j in range(64)])
     assert_close(freqs, expected, rtol=1e-6, atol=0)
     assert factor == 1.0

@@ -16,10 +16,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 import convert
 import kernel
-from model import MLA, Config, Gate, RMSNorm, Runtime, Step, apply_rope, both_angles
+from model import MLA, Gate, RMSNorm, Runtime, Step, apply_rope, both_angles
 
 ROOT = Path(__file__).parent.parent
-TINY = Config.from_json(ROOT / "configs/tiny_moe.json")
+TINY = convert.load_config(ROOT / "configs/tiny_moe.json")
 HALF = Runtime(dtype=torch.bfloat16)
 
 

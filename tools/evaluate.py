@@ -39,12 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import decode  # noqa: E402
 import grading  # noqa: E402
-import kernel  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
 from chat import Chat, Tokenizer  # noqa: E402
 from convert import COMPANIONS, Checkpoint, Parser, load_model  # noqa: E402
-from generate import Ranks, Sampling, generate  # noqa: E402
-from model import DTYPES, Runtime, Transformer  # noqa: E402
+from generate import Ranks, Sampling, generate, precision  # noqa: E402
+from model import Runtime, Transformer  # noqa: E402
 from tasks import (PROMPTS, TASKS, Protocol, Question, read_gradable, read_jsonl, read_protocol,  # noqa: E402
                    sha256)
 
@@ -90,19 +89,17 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
         raise ValueError(f"--max-new-tokens is {most}; after the longest prompt ({longest} tokens) at most "
                          f"{cfg.context_len - longest} fit into this model's context of {cfg.context_len}")
     template = chat.render([{"role": "user", "content": "{question}"}])
-    dtype = cfg.dtype if args.dtype == "auto" else args.dtype
-    dtype = "float32" if dtype == "float32" else "bfloat16"
-    fp8 = kernel.default_mode(ranks.device) if args.fp8 == "auto" else args.fp8
-    decode.check(Runtime(ranks.device, DTYPES[dtype], fp8, ranks.tp, args.batch_size, compile=args.compile))
+    dtype, fp8 = precision(args, cfg, ranks.device)
+    decode.check(Runtime(ranks.device, dtype, fp8, ranks.tp, args.batch_size, compile=args.compile))
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
-        "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint), "dtype": dtype, "fp8": fp8,
-        "chat template": template, "chat template sha256": sha256(template), "device": device,
-        "ranks": ranks.tp.size}, {"thinking": chat.thinks(template), "batch size": args.batch_size,
-                                  "compile": args.compile})
+        "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint),
+        "dtype": str(dtype)[6:], "fp8": fp8, "chat template": template, "chat template sha256": sha256(template),
+        "device": device, "ranks": ranks.tp.size},
+        {"thinking": chat.thinks(template), "batch size": args.batch_size, "compile": args.compile})
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
-    runtime = dict(dtype=DTYPES[dtype], fp8=fp8, max_seq_len=longest + most, compile=args.compile,
+    runtime = dict(dtype=dtype, fp8=fp8, max_seq_len=longest + most, compile=args.compile,
                    rows=max(1, min(args.batch_size, len(wanted))))
     return plan, chat, results, (runtime, dict(
         prompts=prompts, stop_ids=chat.tokenizer.stop_ids, max_new_tokens=most, wanted=wanted,

@@ -4,7 +4,6 @@
 
 No weights are needed; memory.py says what is counted, and how exactly.
 """
-import argparse
 import sys
 from pathlib import Path
 
