@@ -69,8 +69,9 @@ class Results:
     """
 
     def __init__(self, out: Path | None, settings: dict, resume: bool):
-        self.out, self.records = out, {}
-        self.part = part = out and out.with_name(out.name + ".part")
+        self.out = out = out and out.resolve()          # of a link, the file that it means
+        self.records, self.part = {}, out and out.with_name(out.name + ".part")
+        part = self.part
         self.settings = settings
         if part is None or not part.exists():
             if resume and out.exists():

@@ -41,7 +41,8 @@ class Tokenizer:
         else:
             raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is here")
         _read(folder / "tokenizer_config.json", self._open_config)
-        stop = _read(folder / "generation_config.json", _stop_ids)
+        own = folder / "generation_config.json"     # without it, HuggingFace takes config.json's
+        stop = _read(own if own.is_file() else folder / "config.json", _stop_ids)
         self.stop_ids = frozenset([*stop, self.eos and self.token_id(self.eos)]) - {None}
         path = folder / "chat_template.jinja"       # a file of its own since 2025
         if path.is_file():
@@ -126,20 +127,29 @@ class Chat:
 
     Most chat bugs live in templates: two BOS, no <think>, old reasoning fed back. So the format of R1 and its
     distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens:
-    style "r1" or "distill". Another checkpoint is rendered by its own template, "jinja". Neither: ValueError.
+    style "r1" or "distill". A checkpoint without these tokens, or whose own template writes another format with
+    them (V3.1), is rendered by its template, "jinja". Neither: ValueError.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, has = tokenizer, lambda tokens: all(tokenizer.token_id(t) is not None for t in tokens)
-        if has([USER, ASSISTANT, THINK]) and tokenizer.bos and tokenizer.eos:
-            self.style = "r1" if has(TOOLS) else "distill"
-        elif (tokenizer.chat_template or "").strip():
-            self.style, self.template = "jinja", _template(tokenizer)
-        else:
+        known = has([USER, ASSISTANT, THINK]) and tokenizer.bos and tokenizer.eos
+        self.style = "r1" if has(TOOLS) else "distill"
+        self.template = _template(tokenizer) if (tokenizer.chat_template or "").strip() else None
+        if self.template and not (known and self._is_ours()):
+            self.style = "jinja"
+        elif not known:
             absent = "" if (tokenizer.folder / "tokenizer_config.json").exists() else "; the folder has no " \
                      "tokenizer_config.json, which would name them"
             raise ValueError(f"{tokenizer.folder}: unknown conversation format: neither a chat template nor "
                              f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token){absent}")
+
+    def _is_ours(self) -> bool:
+        """Whether the template writes R1's format, with or without (before February 2025) the open <think>."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ours, theirs = ([render(messages, True) for messages in (talk[:1], talk + talk[:1])]
+                        for render in (self._r1, self._jinja))
+        return theirs in (ours, [text.removesuffix(f"{THINK}\n") for text in ours])
 
     def check(self, messages: list[dict]) -> None:
         """ValueError names a malformed message and its field."""
@@ -233,13 +243,21 @@ class Chat:
 
 def _template(tokenizer: Tokenizer):
     """A checkpoint's own template with what HuggingFace gives to it. ValueError: it cannot be read."""
+    import jinja2.ext
     import jinja2.sandbox                           # sandboxed: a template is somebody else's code
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):         # {% generation %} marks answers for training
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                       extensions=["jinja2.ext.loopcontrols"])
+                                                       extensions=[Generation, "jinja2.ext.loopcontrols"])
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)         # jinja2's own escapes HTML
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

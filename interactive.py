@@ -212,7 +212,7 @@ class Conversation:
         try:
             results = json.loads(path.read_text(encoding="utf-8-sig"))
             pages = [page if isinstance(page, str) else
-                     "\n".join([*(page[key] for key in ("title", "url") if key in page), page["content"]])
+                     "\n".join([*(page[key] for key in ("title", "url") if page.get(key)), page["content"]])
                      for page in results]
             "".join(pages).encode()             # half of a surrogate pair is no text
         except (ValueError, KeyError, TypeError, RecursionError):

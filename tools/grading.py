@@ -52,7 +52,7 @@ def last_box(text: str) -> str | None:
 
 
 # A letter ends where no word goes on; a small one, or it were the word "a", where the line ends.
-ANSWER = re.compile(r"(?im)Answer([ \t*]*:(?:[ \t*$({\\]|\\(?:text|math)\w*)*)"
+ANSWER = re.compile(r"(?im)Answer([ \t*]*:(?:[ \t*$({\\]|\\(?:text|math|boxed)\w*)*)"
                     r"((?-i:[A-D])(?!\w)|[a-d](?=[\W_]*$))")
 LETTER = re.compile(r"(?i)\(?([A-D])(?:[).:]|$)")
 
