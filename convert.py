@@ -499,14 +499,31 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     out.mkdir(parents=True, exist_ok=True)
     for stale in parts - {file.part for file in todo}:
         stale.unlink()                  # left by an interrupted conversion for another number of ranks
+    _check_disk(out, todo)
     write_ranks(checkpoint, todo)
-    for name in COMPANIONS:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, out / name)
+    copy_companions(checkpoint.folder, out)
     groups = {key: value for key, value in asdict(cfg).items() if value is not None}
     (out / "config.json").write_text(json.dumps(groups, indent=2) + "\n")
     (out / (MANIFEST + ".part")).write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(out / (MANIFEST + ".part"), out / MANIFEST)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Tokenizer and template; and the stop ids, which without a generation_config.json are config.json's."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    own, generation = source / "config.json", out / "generation_config.json"
+    if not generation.exists() and own.exists() and (stop := read_json(own).get("eos_token_id")) is not None:
+        generation.write_text(json.dumps({"eos_token_id": stop}) + "\n")
+
+
+def _check_disk(out: Path, files: list["RankFile"]) -> None:
+    there = sum(file.ends[file.n_complete(file.part)] for file in files if file.part.exists())
+    missing, free = sum(file.ends[-1] for file in files) - there, shutil.disk_usage(out).free
+    if missing > free:
+        raise OSError(f"{out}: {missing / 1e9:.2f} GB are still to be written, and its disk has "
+                      f"{free / 1e9:.2f} GB free")
 
 
 def _check_ranks(cfg: Config, ranks: int) -> None:

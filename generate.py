@@ -514,7 +514,7 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(args.num_samples)
               if (i, sample) not in results.records]
     rt = runtime(args, cfg, ranks, max(1, min(args.batch_size or BATCH, len(wanted))), max_seq_len)
-    rt = convert_once(args, cfg, fit(args, cfg, rt, room, checkpoint.mapped_bytes(rt)), room)
+    rt = convert_once(args, cfg, fit(args, cfg, rt, room, checkpoint.mapped_bytes(rt), longest), room)
     job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt.max_seq_len, rt.rows,
               rt.fp8, prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
     return job, results
@@ -532,12 +532,14 @@ def precision(args: argparse.Namespace, cfg: Config, device: torch.device) -> tu
     return DTYPES[auto if args.dtype == "auto" else args.dtype], best if args.fp8 == "auto" else args.fp8
 
 
-def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped: int = 0) -> Runtime:
+def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped: int = 0,
+        longest: int = 0) -> Runtime:
     """rt with what was left open made to fit `room` bytes a rank. ValueError, with the numbers, if it can't.
 
     Open are the rows without --batch-size, and the length of a conversation without --max-seq-len. The cache
     counts at full length, although on a CPU it takes memory token by token. `mapped` bytes of the weights do
-    not count: they stay a file, whose pages the system drops and reads again as it likes.
+    not count: they stay a file, whose pages the system drops and reads again as it likes. No length is advised
+    that leaves the longest prompt no room.
     """
     need = memory.plan(cfg, rt)
     if mapped > room:
@@ -553,7 +555,7 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped:
     if rows and not args.batch_size:
         print(f"memory holds {rows} completions at a time, not {rt.rows}", file=sys.stderr)
         return replace(rt, rows=rows)
-    fits = [f"--max-seq-len {length}"] * (length > 0) + [f"--batch-size {rows}"] * (0 < rows < rt.rows)
+    fits = [f"--max-seq-len {length}"] * (length > longest) + [f"--batch-size {rows}"] * (0 < rows < rt.rows)
     if memory.plan(cfg, replace(rt, prefill_chunk=256)).total - mapped <= room:
         fits.append("--prefill-chunk 256")
     raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}"

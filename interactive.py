@@ -104,6 +104,7 @@ class Conversation:
         self.chat, self.max_seq_len, self.boxed = chat, max_seq_len, boxed
         self.messages: list[dict] = []
         self.last, self.answered = None, False          # the last question, as it was sent
+        self.replaced: list[dict] = []  # question and answer that /retry has taken back
         self.attached = None            # makes the official prompt of the next question
         self.saved: set[Path] = set()   # what may be overwritten
 
@@ -145,7 +146,7 @@ class Conversation:
         if len(prompt) >= self.max_seq_len:
             raise ValueError(f"{len(prompt)} tokens by now, and --max-seq-len is {self.max_seq_len}"
                              f"{'; /clear starts anew' * bool(past)}")
-        self.messages, self.last, self.answered = messages, question, False
+        self.messages, self.last, self.answered, self.replaced = messages, question, False, []
         return prompt
 
     def thinks(self) -> bool:
@@ -158,8 +159,9 @@ class Conversation:
         if self.answered:
             self.messages.append({"role": "assistant", "content": answer, "reasoning": reasoning.strip()})
         else:
-            self.messages.pop()
-            print("(no answer, so the question does not count; /retry asks it again)")
+            self.messages[-1:], self.answered = self.replaced, bool(self.replaced)
+            print("(no answer, so the one before stays)" if self.answered else
+                  "(no answer, so the question does not count; /retry asks it again)")
 
     def command(self, line: str, screen: "Screen") -> list[int] | None:
         """Obey one; ids if it asks for an answer. ValueError or OSError says what is wrong with it."""
@@ -180,7 +182,10 @@ class Conversation:
             case "/retry":
                 if self.last is None:
                     raise ValueError("there is no question yet")
-                return self.ask(self.last, self.messages[:-2] if self.answered else self.messages)
+                old = self.messages[-2:] if self.answered else []
+                prompt = self.ask(self.last, self.messages[:len(self.messages) - len(old)])
+                self.replaced = old                     # which come back if the new answer is stopped
+                return prompt
             case "/think":
                 screen.full = argument == "on"
                 print(f"(reasoning will be {'shown' if screen.full else 'folded'})")
@@ -215,7 +220,7 @@ class Conversation:
                      "\n".join([*(page[key] for key in ("title", "url") if page.get(key)), page["content"]])
                      for page in results]
             "".join(pages).encode()             # half of a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             results = pages = None
         if not (pages and isinstance(results, list)):
             raise ValueError(f"{path}: not a JSON list of texts, or of objects with a text 'content'")

@@ -143,6 +143,37 @@ def test_any_other_template_renders_as_in_transformers(tmp_path, template, bos):
     assert chat.style == "jinja" and not chat.thinks(chat.render(talk(("U", "<think>"), ("A", "x"))))
 
 
+ROLES = ("{{ bos_token }}{% for m in messages %}"
+         "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
+         "{% else %}{{ '<｜Assistant｜>OLDER' + m.content + eos_token }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<｜Assistant｜>OPEN' }}{% endif %}")
+
+
+@pytest.mark.parametrize("older, opening, style", [
+    ("", "<think>\\n", "r1"), ("", "", "r1"),             # of February 2025, and of January
+    ("</think>", "</think>", "jinja"), ("", "</think>", "jinja"),      # V3.1, in parts
+    ("</think>", "<think>\\n", "jinja")])
+def test_a_template_that_writes_another_format_with_r1s_tokens_is_obeyed(tmp_path, older, opening, style):
+    template = ROLES.replace("OLDER", older).replace("OPEN", opening)
+    chat = Chat(Tokenizer(write_tokenizer(tmp_path, chat_template=template)))
+    messages = talk(("U", "1"), ("A", "2"), ("U", "3"))
+    assert chat.style == style
+    if style == "jinja":
+        reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=BOS,
+                                            eos_token=EOS, chat_template=template)
+        assert chat.render(messages) == reference.apply_chat_template(messages, tokenize=False,
+                                                                      add_generation_prompt=True)
+
+
+def test_marks_for_training_are_no_part_of_the_text(tmp_path):
+    template = "{% for m in messages %}\n{% generation %}\n{{ m.content }}\n{% endgeneration %}\n.{% endfor %}"
+    write_tokenizer(tmp_path, tokens=[], chat_template=template)
+    file = str(tmp_path / "tokenizer.json")
+    reference = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template)
+    messages = talk(("U", "a"), ("A", "b"))
+    assert Chat(Tokenizer(tmp_path)).render(messages) == reference.apply_chat_template(messages, tokenize=False)
+
+
 def test_a_template_that_thinks_is_noticed_and_one_with_two_bos_refused(tmp_path):
     write_tokenizer(tmp_path, tokens=[], chat_template="{{ bos_token }}{{ messages[0].content }}<think>\n")
     chat = Chat(Tokenizer(tmp_path))

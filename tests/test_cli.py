@@ -338,6 +338,16 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 
+def test_a_link_stays_one_and_its_file_is_written(folders, tmp_path):
+    (tmp_path / "prompts.txt").write_text("hi\n")
+    (tmp_path / "elsewhere").mkdir()
+    real = tmp_path / "elsewhere/real.jsonl"
+    (tmp_path / "out.jsonl").symlink_to(real)
+    assert generate.main(["--ckpt-path", str(folders / "dense"), "--input-file", str(tmp_path / "prompts.txt"),
+                          "--max-new-tokens", "2", "--output-file", str(tmp_path / "out.jsonl")]) == 0
+    assert (tmp_path / "out.jsonl").is_symlink() and real.read_text().count("\n") == 1
+
+
 @pytest.mark.parametrize("args", [["--prompt", "hi"], ["--input-file", "prompts.jsonl"], ["--interactive"]])
 def test_streams_that_were_closed_before_the_start_are_empty(args, folders, monkeypatch):
     monkeypatch.chdir(folders)

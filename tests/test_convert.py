@@ -4,12 +4,14 @@ Memory is the high-water mark of a process of its own, mapped files included, ov
 takes. Interrupted conversions must end in the same bytes as undisturbed ones: they move numbers and compute
 none. What is written is in test_convert_exact.py, what is refused in test_checkpoint_errors.py.
 """
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -143,6 +145,25 @@ def unfinish(out: Path, suffix: str) -> None:
     for file in out.glob("*.safetensors"):
         file.rename(file.with_name(file.name + suffix))
     (out / convert.MANIFEST).unlink()
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(llamas, tmp_path, monkeypatch, capsys):
+    tight = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.shutil, "disk_usage", lambda path: tight)
+        assert run(llamas[0], tmp_path / "out", 2) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'out'}: " in error and "GB are still to be written" in error
+        assert not list((tmp_path / "out").iterdir())
+    assert run(llamas[0], tmp_path / "out", 2) == 0
+
+
+def test_stop_ids_that_only_config_json_has_are_kept(tmp_path):
+    tiny.write(tmp_path / "hf", tiny.llama())
+    (tmp_path / "hf/generation_config.json").unlink()
+    tiny.edit_config(tmp_path / "hf", eos_token_id=[7, 8])
+    assert run(tmp_path / "hf", tmp_path / "out", 1) == 0
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": [7, 8]}
 
 
 def test_parts_of_another_source_are_not_continued(llamas, tmp_path):

@@ -6,6 +6,7 @@ sets are stood in for by made-up rows in their layouts, a server by one in a thr
 import http.server
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -517,6 +518,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and word in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_what_does_not_fit_is_refused_before_hashing_and_what_is_advised_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.memory, "free", lambda device: 2 ** 26)
+    monkeypatch.setattr(evaluate, "hash_files", lambda checkpoint: pytest.fail("it fits"))
+    args = ["run", "--task", "demo", "--k", "64", "--device", "cpu", "--out", tmp_path / "out", "--batch-size"]
+    assert run(*args, "2000") == 2
+    error = capsys.readouterr().err
+    rows = int(re.search(r"2000 x \d+ tokens need .* 0.06 GiB .* what fits: --batch-size (\d+)\n", error)[1])
+    with pytest.raises(pytest.fail.Exception):
+        run(*args, str(rows))
+    assert run(*args, str(rows + 1)) == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nX: y", "sk-sécret"])

@@ -82,9 +82,26 @@ def test_a_worker_ends_though_its_parent_was_killed_while_it_hung():
 @pytest.mark.parametrize("text, box", [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} \boxed{2}", "2"), (r"\boxed{1} \boxed{2", None),
     (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{\left\{x\right.}", r"\left\{x\right."), (r"\boxed {7}", "7"),
-    (r"\boxed{a \\} b", r"a \\"), (r"\boxed{{}}", "{}"), (r"\boxed{ }", None), ("boxed{1}", None)])
+    (r"\boxed{a \\} b", r"a \\"), (r"\boxed{{}}", "{}"), (r"\boxed{ }", None), ("boxed{1}", None),
+    (r"\boxed{42}, in \boxed{}.", "42")])
 def test_the_last_box_counts_if_its_braces_match(text, box):
     assert grading.last_box(text) == box
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("A bad answer: A is wrong.\n\n**Answer:** $\\boxed{B}$", "B"),
+    ("So the answer: A, C and D fail.\n\nFinal answer: \\boxed{\\text{B}}", "B")])
+def test_a_boxed_letter_on_the_answers_line_is_the_answer(text, letter):
+    assert grading.choice(text) == (letter, "fallback")
+
+
+@pytest.mark.parametrize("answer, value", [
+    ("m+n=45+28=73", 73), ("45+28=73", 73), ("33.0", None), ("72=73", None), ("73°", 73), ("(73)", 73),
+    (r"\boldsymbol{73}", 73),
+    (r"\left(073\right)", 73), ("a=5, b=7", None), ("7.5", None), ("(1,2)", None), ("x=3=4y", None),
+    ("1000", None)])
+def test_an_aime_answer_is_an_integer_however_it_is_written(answer, value):
+    assert grading.integer(answer) == value
 
 
 def test_without_an_open_think_the_whole_text_answers():

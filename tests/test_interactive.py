@@ -262,6 +262,9 @@ def test_history_holds_answers_and_no_reasoning_and_retry_takes_the_answer_back(
     assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
     conversation.add("", "Tschüss")
     assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
+    conversation.add("stopped again", "")
+    assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Tschüss"]
+    assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
     conversation.add("", "Ciao")
     assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Ciao"]
     (tmp_path / "a.txt").write_text("1 + 2")
@@ -290,13 +293,14 @@ def test_a_question_without_room_or_with_a_forged_start_is_not_kept(demo, capsys
 def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
     (tmp_path / "my notes.txt").write_text("\ufeffHälfte\n", encoding="utf-8")
     (tmp_path / "pages.json").write_text(json.dumps(
-        ["one", {"title": "Two", "url": "http://two", "content": "zwei", "rank": 2}]))
+        ["one", {"title": "Two", "url": "http://two", "content": "zwei", "rank": 2},
+         {"title": None, "content": "drei"}]))
     for name, command, question in (("my notes.txt", "/file", "What is it?"),
                                     ("pages.json", "/search", "Who?"), ("pages.json", "/search", "谁？")):
         conversation = Conversation(demo, 100_000, boxed=False)
         asked(conversation, f"{command} '{tmp_path / name}'", question)
         official = (file_prompt(name, "Hälfte\n", question) if command == "/file" else
-                    search_prompt(["one", "Two\nhttp://two\nzwei"], question, date.today()))
+                    search_prompt(["one", "Two\nhttp://two\nzwei", "drei"], question, date.today()))
         assert conversation.messages == [{"role": "user", "content": official}]
         conversation.add("", "Well.")
         asked(conversation, "And now?")

@@ -212,6 +212,11 @@ def test_what_does_not_fit_is_refused_before_weights_are_read_and_what_is_advise
     assert start(450, *args, "--max-seq-len", length + 1)[0] == 2
     code, error = start(1, *args)
     assert code == 2 and "what fits: nothing" in error
+    (folder / "long.txt").write_text("a" * 20_000)              # whose length no advice may fall short of
+    for mib in range(40, 200, 20):
+        code, error = start(mib, "--input-file", folder / "long.txt", "--max-seq-len", 50_000, "--batch-size", 1)
+        if advice := re.search(r"--max-seq-len (\d+)", error.partition("what fits")[2]):
+            assert int(advice[1]) > 20_000
     assert "or --prefill-chunk 256\n" in start(900, *args, "--batch-size", 1, "--prefill-chunk", 2048)[1]
 
 

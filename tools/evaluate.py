@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import decode  # noqa: E402
 import grading  # noqa: E402
+import memory  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
 from chat import Chat, Tokenizer  # noqa: E402
 from convert import COMPANIONS, Checkpoint, Parser, load_model  # noqa: E402
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
 def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
     """Samples on all ranks; rank 0 returns what was asked."""
     ranks = Ranks.start(args.device)
-    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks) if FIRST else (None,) * 4)
+    room = min(ranks.gather(memory.free(ranks.device)))
+    plan, chat, results, call = ranks.together(lambda: prepare(args, ranks, room) if FIRST else (None,) * 4)
     runtime, call = ranks.share(call)
     model = ranks.together(lambda: load_model(
         Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
@@ -78,8 +80,10 @@ def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
     return plan
 
 
-def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
-    """Rank 0's part before weights are read, and the arguments of Runtime and generate() on all ranks."""
+def prepare(args: argparse.Namespace, ranks: Ranks,
+            room: float) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
+    """Rank 0's part before weights are read, and the arguments of Runtime and generate() on all ranks, which
+    have `room` bytes each."""
     plan, checkpoint, chat = read_gradable(args), Checkpoint(args.ckpt_path), Chat(Tokenizer(args.ckpt_path))
     cfg, most = checkpoint.cfg, args.max_new_tokens
     checkpoint.plan(Transformer(cfg, Runtime(tp=ranks.tp)))
@@ -90,7 +94,13 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[Protocol, Chat, Res
                          f"{cfg.context_len - longest} fit into this model's context of {cfg.context_len}")
     template = chat.render([{"role": "user", "content": "{question}"}])
     dtype, fp8 = precision(args, cfg, ranks.device)
-    decode.check(Runtime(ranks.device, dtype, fp8, ranks.tp, args.batch_size, compile=args.compile))
+    rows = min(args.batch_size, len(plan.wanted()))
+    rt = decode.check(Runtime(ranks.device, dtype, fp8, ranks.tp, rows, longest + most, compile=args.compile))
+    mapped = checkpoint.mapped_bytes(rt)
+    if (need := memory.plan(cfg, rt)).total - mapped > room:
+        rows, _ = memory.largest(rt, cfg, room + mapped)
+        raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}, and {room / memory.GIB:.2f} GiB are "
+                         f"free; what fits: {f'--batch-size {rows}' if rows else 'nothing, on so few ranks'}")
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
         "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint),
@@ -525,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.work(args)
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         if FIRST:                       # all ranks know of it; one says it
             print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

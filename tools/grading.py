@@ -39,9 +39,10 @@ def after_thinking(text: str, thinks: bool = True) -> str | None:
 def last_box(text: str) -> str | None:
     r"""Inside of the last \boxed{...}, whose braces must match; None if there is none or it never ends.
 
-    An earlier box does not stand in for a last one that was cut off: it may be an intermediate result.
+    An earlier box does not stand in for a last one that was cut off: it may be an intermediate result. Empty
+    boxes are mentions of the command, not answers.
     """
-    *_, start = [-1, *(match.end() for match in re.finditer(r"\\boxed\s*\{", text))]
+    *_, start = [-1, *(match.end() for match in re.finditer(r"\\boxed\s*\{(?!\s*\})", text))]
     depth = 1
     for match in re.finditer(r"\\.|[{}]", text[start:] if start >= 0 else "", re.DOTALL):    # \{ is a letter
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -99,17 +100,18 @@ def mixed(prompt: str, text: str) -> bool:
 def plain(answer: str) -> str:
     """An answer without what never matters: math signs, \\text, LaTeX's spaces, bold, a full stop."""
     answer = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;!: ]|\\?\$|\*\*", "", answer)
-    answer = re.sub(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|boldsymbol|bm|mbox)\s*\{([^{}]*)\}", r"\1", answer)
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).replace("{,}", ",")
     return " ".join(answer.split()).removesuffix(".")
 
 
 UNIT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s*\{[^{}\d]+\}(?:\^\{?\d\}?)?(?=[\s$.]*$)")
-INTEGER = re.compile(r"(?:[^=a-zA-Z]*[a-zA-Z][^=]*=)?\s*\{?\s*\+?0*(\d{1,3})(?:\^\{?\\circ\}?)?\s*\}?")
+INTEGER = re.compile(r"(?:[^=a-zA-Z]*[a-zA-Z][^=]*=)?(?:[^=a-zA-Z,]*[-+*/][^=a-zA-Z,]*=)*\s*[{(]?\s*\+?0*"
+                     r"(\d{1,3})(?:\^\{?\\circ\}?|°)?\s*[})]?")
 
 
 def integer(answer: str) -> int | None:
-    """An AIME answer, 0 to 999; leading zeros, "n =" and a unit are allowed. None if it is anything else."""
+    """An AIME answer, 0 to 999; leading zeros, "m + n = 45 + 28 =" and a unit are allowed. Else None."""
     match = INTEGER.fullmatch(plain(UNIT.sub("", answer)))
     return int(match[1]) if match else None
 
