@@ -69,7 +69,7 @@ class Results:
     """
 
     def __init__(self, out: Path | None, settings: dict, resume: bool):
-        self.out = out = out and out.resolve()          # of a link, the file that it means
+        self.out = out = out.resolve() if out and out.is_symlink() else out     # the file that a link means
         self.records, self.part = {}, out and out.with_name(out.name + ".part")
         part = self.part
         self.settings = settings

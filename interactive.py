@@ -38,7 +38,7 @@ class Keyboard:
     def __init__(self, present: bool):
         self.present = present
         self.terminal = present and termios is not None and sys.stdin.isatty()
-        self.session, self.stopped, self.typed = None, False, b""
+        self.session, self.stopped, self.typed, self.asking = None, False, b"", False
 
     def __enter__(self):
         if self.terminal:
@@ -47,7 +47,12 @@ class Keyboard:
             self.saved, keys = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
             keys[3] &= ~(termios.ICANON | termios.ECHO)
             keys[6][termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE")
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+
+            def take(*_) -> None:               # also after Ctrl-Z and `fg`, where the shell has set its own
+                if not self.asking:             # else prompt_toolkit has them
+                    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+            signal.signal(signal.SIGCONT, take)
+            take()
         elif self.present:
             sys.stdin.reconfigure(errors="surrogateescape")     # a bad line is refused, not all that follow
 
@@ -79,7 +84,11 @@ class Keyboard:
         keys = []
         Vt100Parser(keys.append).feed(typed.decode(errors="surrogateescape"))
         store_typeahead(self.session.input, keys)
-        return self.session.prompt(">>> ")
+        self.asking = True
+        try:
+            return self.session.prompt(">>> ")
+        finally:
+            self.asking = False
 
 
 # ------------------------------------------------------------------------------------------------------------

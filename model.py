@@ -474,7 +474,8 @@ class GQA(nn.Module):
         q, k = both.split([q.shape[2], k.shape[2]], dim=2)                      # [b, s, h/P, d], [b, s, g/P, d]
         keys = step.store(cache[0], k)                                          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
-        o = attend(q, keys, values, step.bias, step.positions, self.head_dim ** -0.5)       # [b, s, h/P, d]
+        # o = softmax(q k^T / sqrt(d) + bias) v, query head i with key/value head i // (h/g)  [b, s, h/P, d]
+        o = attend(q, keys, values, step.bias, step.positions, self.head_dim ** -0.5)
         return self.wo(o.flatten(2))                                            # [b, s, m]
 
 
@@ -553,7 +554,8 @@ class MLA(nn.Module):
         w_k, w_v = self._up_projections()                                       # [h/P, d, c], [h/P, v, c]
         q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
         q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
-        o_c = attend_latents(q, latents, self.c, step.bias, step.positions, self.scale)     # [b, s, h/P, c]
+        # V3 Eq. 10 with one key for all heads, [c; k_pe], and c as its value                [b, s, h/P, c]
+        o_c = attend_latents(q, latents, self.c, step.bias, step.positions, self.scale)
         return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:

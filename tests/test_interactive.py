@@ -106,6 +106,31 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt():
     leave(child)
 
 
+def test_keys_are_taken_again_when_a_stopped_chat_goes_on(monkeypatch):
+    """After Ctrl-Z and `fg` in an answer, where the shell has given the terminal its own mode."""
+    master, slave = os.openpty()
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCONT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with open(slave, encoding="utf-8") as terminal, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", terminal)
+            theirs = termios.tcgetattr(terminal)
+            keyboard = Keyboard(True)
+            with keyboard:
+                ours = termios.tcgetattr(terminal)
+                assert ours != theirs
+                for asking, mode in ((False, ours), (True, theirs)):
+                    keyboard.asking = asking
+                    termios.tcsetattr(terminal, termios.TCSADRAIN, theirs)
+                    os.kill(os.getpid(), signal.SIGCONT)
+                    assert termios.tcgetattr(terminal) == mode
+            assert termios.tcgetattr(terminal) == theirs
+    finally:
+        os.close(master)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_outside_of_an_answer_ends_no_rank_and_adds_no_question(ranks, tmp_path):
     (tmp_path / "long.txt").write_text("12 + 30 is a question. " * 100_000)
