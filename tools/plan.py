@@ -32,7 +32,8 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
              f"  largest batch at this length:  {rows or 'none'}{' or more' if rows == 4096 else ''}",
              f"  longest context at this batch: {f'{seq:,}' if seq else 'none'} of {cfg.context_len:,}",
              f"  legal numbers of ranks:        {', '.join(map(str, cfg.legal_ranks()))}",
-             f"  a decode step reads:           {p.step / 1e9:.2f} GB per GPU with all rows at full length"]
+             f"  a decode step reads:           {p.step / 1e9:.2f} GB per GPU with all rows at full length"
+             f"{', experts chosen evenly' if cfg.moe else ''}"]
     if bandwidth:
         seconds = p.step / (bandwidth * 1e9)
         lines.append(f"  at {bandwidth:,.0f} GB/s that takes:  {1e3 * seconds:12.2f} ms, so at most "
