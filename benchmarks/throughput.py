@@ -445,9 +445,8 @@ def described(args: argparse.Namespace, model: str, device: str, facts: dict) ->
     text = "\n".join([
         f"# {model} on {device}", "",
         f"{facts['cpu']}; torch {torch.__version__}{''.join(f', {name} {peers[name]}' for name in peers)}. bf16 "
-        f"unless it says otherwise, medians of {args.rounds} round{'s' * (args.rounds > 1)}, {args.new_tokens} new tokens. "
-        f"{moving} "
-        f"{bounds['bandwidth'] / 1e9:.1f} GB/s, products {bounds['gemm'] / 1e9:.0f} GFLOP/s, weights "
+        f"unless it says otherwise, medians of {args.rounds} round{'s' * (args.rounds > 1)}, {args.new_tokens} new "
+        f"tokens. {moving} {bounds['bandwidth'] / 1e9:.1f} GB/s, products {bounds['gemm'] / 1e9:.0f} GFLOP/s, weights "
         f"{facts['weights'] / 1e9:.2f} GB.", "", *table(facts)])
     return facts, text
 
