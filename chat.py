@@ -147,8 +147,11 @@ class Chat:
     def _is_ours(self) -> bool:
         """Whether the template writes R1's format, with or without (before February 2025) the open <think>."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ours, theirs = ([render(messages, True) for messages in (talk[:1], talk + talk[:1])]
-                        for render in (self._r1, self._jinja))
+        try:
+            ours, theirs = ([render(messages, True) for messages in (talk[:1], talk + talk[:1])]
+                            for render in (self._r1, self._jinja))
+        except ValueError:                          # it refuses them, so it has rules of its own
+            return False
         return theirs in (ours, [text.removesuffix(f"{THINK}\n") for text in ours])
 
     def check(self, messages: list[dict]) -> None:

@@ -165,6 +165,15 @@ def test_a_template_that_writes_another_format_with_r1s_tokens_is_obeyed(tmp_pat
                                                                       add_generation_prompt=True)
 
 
+def test_a_template_with_rules_of_its_own_is_obeyed_though_r1s_tokens_are_there(tmp_path):
+    template = ("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+                "{{ bos_token }}{{ messages[1].content }}")
+    chat = Chat(Tokenizer(write_tokenizer(tmp_path, chat_template=template)))
+    assert chat.style == "jinja" and chat.render(talk(("S", "a"), ("U", "b"))) == BOS + "b"
+    with pytest.raises(ValueError, match="system first"):
+        chat.render(talk(("U", "b")))
+
+
 def test_marks_for_training_are_no_part_of_the_text(tmp_path):
     template = "{% for m in messages %}\n{% generation %}\n{{ m.content }}\n{% endgeneration %}\n.{% endfor %}"
     write_tokenizer(tmp_path, tokens=[], chat_template=template)
