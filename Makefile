@@ -23,7 +23,7 @@ $(INSTALLED): $(RUNTIME) requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
 
-test: $(INSTALLED)  ## the numerics suite, then the mutants: needs no GPU and no network
+test: $(INSTALLED)  ## the numerics suite, then the mutants: needs no GPU, and no network but to install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal tests
 	$(VENV)/bin/python tests/mutants.py
 
@@ -34,4 +34,4 @@ train-demo: $(INSTALLED)  ## make demo/ from nothing, about an hour on 2 cores; 
 	$(VENV)/bin/torchrun --nproc-per-node 2 tools/train_demo.py
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache __pycache__ */__pycache__

@@ -13,19 +13,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat import Chat, split_reasoning
+from chat import END_THINK, THINK, Chat, split_reasoning
 
 UMASK = os.umask(0)
 os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
 
 
+KINDS = {"prompt": str, "messages": list, "raw": str}       # of which a line of JSON has one
+SETTINGS = ("system", "tools", "functions", "temperature", "top_p", "max_tokens", "stop")  # and none of these
+
+
 def read_prompts(path: Path) -> list[dict]:
-    """Records with `prompt` or `messages`, from JSON lines or a prompt a line. ValueError names the line.
+    """Records with `prompt`, `messages` or `raw` (a prompt in the model's own format), from JSON lines or a
+    prompt a line. ValueError names the line.
 
     JSON lines are what a file named .jsonl or .json holds, or one whose first line begins with a brace.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\r\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
     if lines == [""]:
@@ -44,9 +49,13 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
         raise ValueError(f"{where}: not valid Unicode: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}; each line is an object of its own") from None
-    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        raise ValueError(f"{where}: needs a JSON object with either 'prompt' or 'messages'")
-    key, kind = ("prompt", str) if "prompt" in record else ("messages", list)
+    kinds = [key for key in KINDS if key in record] if isinstance(record, dict) else []
+    if len(kinds) != 1:
+        raise ValueError(f"{where}: needs a JSON object with one of 'prompt', 'messages' and 'raw'")
+    if unheard := [key for key in SETTINGS if key in record]:
+        raise ValueError(f"{where}: {unheard[0]!r} would not be heeded: options hold for all lines, system text "
+                         f"is one of the 'messages', and tools are not called")
+    key, kind = kinds[0], KINDS[kinds[0]]
     if not isinstance(record[key], kind) or not record[key] or kind is str and not record[key].strip():
         raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")
     return record
@@ -54,6 +63,13 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
 
 def as_messages(record: dict) -> list[dict]:
     return record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+
+
+def thinks(record: dict, chat: Chat) -> bool:
+    """Whether the completion begins inside of reasoning."""
+    if "raw" in record:
+        return record["raw"].rfind(THINK) > record["raw"].rfind(END_THINK)
+    return chat.thinks(chat.render(as_messages(record)))
 
 
 # What has changed if one of the settings that are hashes has
@@ -132,15 +148,14 @@ def write_file(path: Path, text: str) -> None:
         new = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False)
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror}") from None
-    with new:
-        try:
+    try:
+        with new:
             new.write(text)
-            new.flush()
-            os.chmod(new.name, 0o666 & ~UMASK)  # such files are made for their owner alone
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
+        os.chmod(new.name, 0o666 & ~UMASK)      # such files are made for their owner alone
+        os.replace(new.name, path)
+    except BaseException:
+        os.unlink(new.name)
+        raise
 
 
 def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dict],
@@ -167,7 +182,7 @@ def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dic
 def describe(event, tokens: list[int], given: dict, chat: Chat) -> dict:
     """A line of the output: the end of a completion and what it belongs to."""
     text = chat.tokenizer.decode(tokens)
-    reasoning, answer = split_reasoning(text, chat.thinks(chat.render(as_messages(given))))
-    given = {key: given[key] for key in ("prompt", "messages") if key in given}
+    reasoning, answer = split_reasoning(text, thinks(given, chat))
+    given = {key: given[key] for key in ("id", *KINDS) if key in given}
     return {"index": event.prompt, "sample": event.sample, **given, "text": text, "reasoning": reasoning,
             "answer": answer, "tokens": tokens, "finish_reason": event.finish_reason}

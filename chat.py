@@ -178,7 +178,13 @@ class Chat:
     def encode(self, messages: list[dict]) -> list[int]:
         """Ids of the prompt for the next answer. R1: exactly one BOS, in front. Other templates: what they
         write (none in Qwen's ChatML, one a turn in Llama 2), but never two in front. Else ValueError."""
-        ids = self.tokenizer.encode(self.render(messages))
+        return self.encode_raw(self.render(messages))
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of a prompt that is in the model's own format. R1's BOS may be left out."""
+        if self.style != "jinja" and not text.startswith(self.tokenizer.bos):
+            text = self.tokenizer.bos + text
+        ids = self.tokenizer.encode(text)
         bos = self.tokenizer.bos and self.tokenizer.token_id(self.tokenizer.bos)
         wrong = ids[:2] == [bos, bos] if self.style == "jinja" else ids.count(bos) != 1 or ids[0] != bos
         if wrong:

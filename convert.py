@@ -653,9 +653,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Reshard a HuggingFace checkpoint for N ranks.")
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="HuggingFace folder")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write")
-    parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="ranks that will run it")
+    parser.add_argument("--model-parallel", type=int, default=1, metavar="N",
+                        help="ranks that will run it (%(default)s)")
     parser.add_argument("--dtype", choices=["bf16", "bfloat16"],
-                        help="dequantise FP8, cast to bf16; default: as stored")
+                        help="dequantise FP8, cast to bf16, but for a gate in fp32 (default: as stored)")
     parser.add_argument("--config", type=Path, help="config file; default: the folder's config.json")
     parser.add_argument("--verify", action="store_true", help="compare every tensor written with its source")
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import kernel
 import memory
-from batch import Results, as_messages, read_prompts, run_batch
+from batch import Results, as_messages, read_prompts, run_batch, thinks
 from chat import END_THINK, THINK, Chat, Tokenizer, advised
 from convert import Checkpoint, Parser, fingerprint, load_model, rank_file
 from decode import Decoder, check, precompile
@@ -385,7 +385,9 @@ class Ranks:
         result = error = None
         try:
             result = work()
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as problem:
+        except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+            if isinstance(problem, RuntimeError) and not memory.ran_out(problem):
+                raise
             error = f"rank {self.tp.rank}: " * (self.tp.rank > 0) + (str(problem) or repr(problem))
         if met := [error for error in self.gather(error) if error]:
             raise ValueError(met[0])
@@ -463,6 +465,9 @@ def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) ->
     prompts, moved = [], False
     for number, record in enumerate(records, 1):
         try:
+            if "raw" in record:
+                prompts.append(chat.encode_raw(record["raw"]))
+                continue
             chat.check(messages := as_messages(record))
             messages, folded = advised(messages, args.boxed, args.allow_system or chat.style == "jinja")
             prompts.append(chat.encode(messages))
@@ -591,7 +596,7 @@ def make_parser() -> Parser:
     mode.add_argument("--interactive", action="store_true", help="chat; /help lists its commands")
     mode.add_argument("--prompt", metavar="TEXT", help="answer one question")
     mode.add_argument("--input-file", type=Path, metavar="FILE",
-                      help="JSON lines with 'prompt' or 'messages', or plain text with one prompt a line")
+                      help="JSON lines with 'prompt', 'messages' or 'raw', or plain text with one prompt a line")
     parser.add_argument("--output-file", type=Path, metavar="FILE",
                         help="JSON lines (default: standard output)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="K",
@@ -614,7 +619,7 @@ def make_parser() -> Parser:
                              "gemm on GPUs with FP8 tensor cores, else bf16 if that leaves half of the "
                              "memory free and --compile is not there, else dequant")
     parser.add_argument("--compile", action="store_true",
-                        help="faster tokens, once compiled (a minute): C++ code on a CPU, CUDA graphs on a GPU")
+                        help="faster tokens, once compiled (minutes): C++ code on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                         help="auto: the GPU, if there is one")
     return parser
@@ -716,14 +721,15 @@ def run(args: argparse.Namespace) -> int:
         return fail(error)
     if chat:
         fp8 = f" (FP8 weights: {rt.fp8})" * checkpoint.cfg.fp8
+        ends = ", ".join(map(str, sorted(job.stop_ids)))
         print(f"{str(rt.dtype)[6:]}{fp8} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
-              f"sequence, chat format {chat.style!r}, seed {job.sampling.seed}", file=sys.stderr)
+              f"sequence, chat format {chat.style!r}, end token {ends}, seed {job.sampling.seed}", file=sys.stderr)
     try:
         if args.input_file:
             run_batch(job.run(model, job.prompts, job.wanted), len(job.wanted), chat, records, results)
         elif args.prompt:
             show(job.run(model, job.prompts, job.wanted), chat and Screen(chat, args.show_reasoning),
-                 chat is not None and chat.thinks(chat.render(as_messages(records[0]))), len(job.prompts[0]))
+                 chat is not None and thinks(records[0], chat), len(job.prompts[0]))
         else:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
@@ -770,12 +776,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted" + "; --resume goes on from what is done" * bool(args.output_file), file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it
+    except (MemoryError, RuntimeError) as error:
+        rank, text = os.environ.get("RANK", 0), str(error)[:200]
+        if memory.ran_out(error):
+            print(f"generate.py: error: rank {rank} ran out of memory: {text}; --batch-size, --max-seq-len or "
+                  f"--prefill-chunk can make it less{'; --resume goes on' * bool(args.output_file)}",
+                  file=sys.stderr)
+            return 2
+        if not isinstance(error, dist.DistError) and "by peer" not in text:     # gloo has no type for it
             raise
-        print(f"generate.py: error: rank {os.environ.get('RANK')} lost another rank: {str(error)[:200]}",
-              file=sys.stderr)          # torchrun's report names the one that died
-        return 1
+        print(f"generate.py: error: rank {rank} lost another rank: {text}", file=sys.stderr)
+        return 1                        # torchrun's report names the one that died
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()        # a process that exits with gloo's threads running is aborted

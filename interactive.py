@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -219,8 +219,8 @@ class Conversation:
             content = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
-        self.attached = lambda question: file_prompt(path.name, content, question)
-        print(f"({path.name}, {len(content):,} characters; now ask about it)")
+        self.attach(lambda question: file_prompt(path.name, content, question),
+                    f"{path.name}, {len(content):,} characters; now ask about it")
 
     def attach_pages(self, path: Path) -> None:
         try:
@@ -233,8 +233,12 @@ class Conversation:
             results = pages = None
         if not (pages and isinstance(results, list)):
             raise ValueError(f"{path}: not a JSON list of texts, or of objects with a text 'content'")
-        self.attached = lambda question: search_prompt(pages, question, date.today())
-        print(f"({len(pages)} web pages; now ask about them)")
+        self.attach(lambda question: search_prompt(pages, question, date.today()),
+                    f"{len(pages)} web pages; now ask about them")
+
+    def attach(self, prompt: Callable[[str], str], what: str) -> None:
+        print(f"({what}{'; what was attached before is put away' * bool(self.attached)})")
+        self.attached = prompt
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -278,12 +282,12 @@ class Screen:
             if self.in_reasoning and parser.part == "answer":
                 self.close_reasoning()
         if self.in_reasoning:
-            self.close_reasoning()
+            self.close_reasoning(finished=False)
         seconds = time.monotonic() - (first or self.start)
         self.write("\n" if self.answer and not self.answer.endswith("\n") else "")
         why = {"length": "stopped at the limit of tokens", "repetition": "stopped: it repeats itself",
                None: "stopped"}
-        self.write(f"({why[reason]})\n" if reason in why else "")
+        self.write(f"({why[reason]})\n" if reason in why else "", file=sys.stderr)
         rate = f", {(self.n_tokens - 1) / seconds:.1f} tokens/s" if self.n_tokens > 1 and seconds else ""
         wait = f", {first - self.start:.1f} s" if first else ""
         self.write(f"{self.n_tokens} tokens{rate}; prompt: {n_prompt - n_kept} of {n_prompt} tokens new{wait}"
@@ -307,10 +311,12 @@ class Screen:
             self.erase_line()
             self.write(head[:columns] + last_columns(tail, columns - len(head)), dim=True)
 
-    def close_reasoning(self) -> None:
+    def close_reasoning(self, finished: bool = True) -> None:
+        """The tag stands only where the model has `finished`: others read it, too."""
         self.in_reasoning = False
         if self.full:
-            self.write(("" if self.reasoning[-1:] in ("", "\n") else "\n") + "</think>\n\n", dim=True)
+            tag = "</think>\n\n" if finished else ""
+            self.write(("" if self.reasoning[-1:] in ("", "\n") else "\n") + tag, dim=True)
         else:
             self.erase_line()
             self.write(f"thought for {self.n_thought} tokens, {time.monotonic() - self.start:.0f} s\n\n",

@@ -2,7 +2,8 @@
 
 No weights are needed: the model is built without memory, and its tensors are counted. Weights and cache are
 exact to the byte, but for gates that a checkpoint has in fp32 (R1 has not); activations are an upper bound on
-what one prefill chunk holds at once. generate.py refuses with this what cannot fit; tools/plan.py prints it.
+the tensors that one prefill chunk holds at once. generate.py refuses with this what cannot fit, and
+tools/plan.py prints it.
 """
 import ctypes
 import functools
@@ -38,6 +39,11 @@ class Plan:
         weights, cache, activations = self.weights / GIB, self.cache / GIB, self.activations / GIB
         return (f"{self.total / GIB:.2f} GiB (weights {weights:.2f}, cache {cache:.2f}, "
                 f"activations {activations:.2f})")
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that there was no memory: numpy and GPUs have types for that, PyTorch's CPU has none."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 declared = functools.cache(Transformer)         # R1 takes 0.1 s, and `largest` asks 30 times

@@ -81,8 +81,9 @@ def test_a_batch_comes_back_in_order_with_all_fields(folders):
     given = [json.loads(line) for line in (folders / "prompts.jsonl").read_text().split("\n")[:-1]]
     for index, (record, source) in enumerate(zip(records, given, strict=True)):
         kind = "prompt" if "prompt" in source else "messages"
-        assert list(record) == ["index", "sample", kind, "text", "reasoning", "answer", "tokens",
-                                "finish_reason"]
+        assert list(record) == ["index", "sample", *["id"] * ("id" in source), kind, "text", "reasoning",
+                                "answer", "tokens", "finish_reason"]
+        assert record.get("id") == source.get("id")
         assert record["index"] == index and record["sample"] == 0 and record[kind] == source[kind]
         assert record["finish_reason"] in ("stop", "length") and 0 < len(record["tokens"]) <= 24
         tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
@@ -132,6 +133,30 @@ def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, cap
     assert generate.main(["--ckpt-path", str(folders / "dense"), "--input-file", str(folders / "prompts.txt"),
                           "--max-new-tokens", "3"]) == 0
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
+
+
+def test_a_raw_prompt_is_what_the_model_reads_with_one_bos_in_front(folders, tmp_path):
+    texts = ["<｜User｜>1 + 1?<｜Assistant｜><think>\nIt is", f"{BOS}In <think> </think> tags. User: 1 + 1? Assistant: <think>"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"raw": text}) + "\n" for text in texts) + "\n\n")
+    args = ["--ckpt-path", folders / "hf", "--input-file", tmp_path / "p.jsonl", "--max-new-tokens", 4]
+    prompts, original = [], generate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generate", lambda model, given, *more: (
+            prompts.extend(given), original(model, given, *more))[1])
+        assert generate.main([*map(str, args), "--output-file", str(tmp_path / "out.jsonl"), "--boxed"]) == 0
+    tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
+    for ids, text in zip(prompts, texts, strict=True):
+        assert tokenizer.decode(ids, skip_special_tokens=False) == BOS + text.removeprefix(BOS)
+    inside, opened = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
+    assert [inside["raw"], opened["raw"]] == texts
+    assert inside["reasoning"] and opened["reasoning"] and not inside["answer"] + opened["answer"]
+
+
+def test_no_memory_while_tokens_come_is_one_line(folders, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "prefill", lambda *_: generate.torch.empty(2 ** 60))
+    assert generate.main(["--ckpt-path", str(folders / "hf"), "--prompt", "1 + 1?"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("generate.py: error: rank 0 ran out of memory: ") and "--batch-size" in error
 
 
 def test_convert_and_help_run_as_programs(folders, tmp_path):
@@ -269,6 +294,7 @@ PROMPT_FILES = {
     "no object": (b'{"prompt": "a"}\n["prompt"]\n', "line 2: needs a JSON object"),
     "neither field": (b'{"text": "a"}\n', "line 1: needs"),
     "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
+    "a setting": (b'{"prompt": "a", "temperature": 0}', "line 1: 'temperature' would not be heeded"),
     "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
     "blank prompt": (b'{"prompt": " "}\n', "line 1: 'prompt' is ' '"),
     "over several lines": (b'[\n{"prompt": "a"}\n]\n', "each line is an object of its own"),

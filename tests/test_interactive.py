@@ -238,7 +238,7 @@ def test_text_is_on_the_screen_before_the_next_token_is_computed(demo, capsys):
     ("</think>\n\n42\n", True, "<think>\n</think>\n\n42\n", ("", "42\n")),
     ("<think>\nhm</think>42", False, "<think>\nhm\n</think>\n\n42\n", ("hm", "42")),
     ("42", False, "42\n", ("", "42")),
-    ("I thi", True, "<think>\nI thi\n</think>\n\n", ("I thi", ""))])
+    ("I thi", True, "<think>\nI thi\n", ("I thi", ""))])
 def test_a_pipe_shows_reasoning_between_its_tags(text, thinking, shown, parts, demo, capsys):
     assert Screen(demo, full=False).show(events(demo, text), thinking, 5) == parts
     assert capsys.readouterr().out == shown
@@ -248,7 +248,8 @@ def test_a_pipe_shows_reasoning_between_its_tags(text, thinking, shown, parts, d
                                           ("repetition", "(stopped: it repeats itself)")])
 def test_an_answer_says_why_it_ended_early(reason, note, demo, capsys):
     Screen(demo, full=True).show(events(demo, "1, 2, 3", reason), False, 5)
-    assert capsys.readouterr().out == f"1, 2, 3\n{note}\n"
+    out, err = capsys.readouterr()
+    assert out == "1, 2, 3\n" and err.startswith(f"{note}\n")
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal(demo, capsys):
@@ -330,6 +331,11 @@ def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
         conversation.add("", "Well.")
         asked(conversation, "And now?")
         assert conversation.messages[-1]["content"] == "And now?"           # one question only
+    assert "put away" not in capsys.readouterr().out
+    conversation = Conversation(demo, 100_000, boxed=False)
+    asked(conversation, f"/file {tmp_path / 'pages.json'}", f"/search {tmp_path / 'pages.json'}", "谁？")
+    assert conversation.messages == [{"role": "user", "content": official}]
+    assert capsys.readouterr().out.count("what was attached before is put away") == 1
     (tmp_path / "long.txt").write_text("好" * 100)
     conversation = Conversation(demo, 100, boxed=False)
     assert asked(conversation, f"/file {tmp_path / 'long.txt'}", "Why?", "So?").startswith("<｜User｜>So?")

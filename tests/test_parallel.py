@@ -1,7 +1,7 @@
 """Claim: 1, 2 and 4 ranks compute the same logits, from a HuggingFace folder and from a converted one.
 
 Ranks are processes that talk over gloo, as they would over NCCL. Splitting a sum over ranks changes its order
-only (V3 section 3.2): 1e-5 of the logit scale in fp32, with FP8 weights too. Where a format rounds on the way
+only: 1e-5 of the logit scale in fp32, with FP8 weights too. Where a format rounds on the way
 (bf16 every partial sum, FP8 activations every block), an order of addition is as good as another, so what N
 ranks compute may be no farther from the exact logits, those of fp32, than what one rank computes.
 """

@@ -145,6 +145,13 @@ def test_a_model_with_a_short_context_is_planned_at_its_full_length_and_nothing_
     assert code == 0 and "1 row of 2,048 tokens" in text
 
 
+def test_dequantised_weights_and_folders_are_planned_too(capsys):
+    code, text = run(capsys, "--fp8", "bf16", gpus="32")
+    assert code == 0 and "weights          40.92 GiB" in text and "1, 2, 4, 8, 16, 32" in text
+    code, text = run(capsys, "--config", str(ROOT / "demo"), gpus="1")
+    assert code == 0 and "1 row of 2,048 tokens" in text
+
+
 @pytest.mark.parametrize("args, word", [(["--seq", "999999"], "at most 163840"),
                                         (["--config", "no.json"], "no.json")])
 def test_what_cannot_be_planned_is_refused(args, word, capsys):

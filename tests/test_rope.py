@@ -1,7 +1,7 @@
 """Claim: rotary frequencies, YaRN's and llama3's scaling and the softmax scale are the ones of the
 checkpoints.
 
-V2 Eq. 15-17, YaRN Definition 2 and section 3.4. The numbers were worked out by hand from R1's and Llama's
+V2 Eq. 14-15, YaRN Definition 2 and section 3.4. The numbers were worked out by hand from R1's and Llama's
 settings; HuggingFace's functions are a second witness. Tolerance 1e-6 relative: fp32 powers and divisions,
 nothing summed.
 """

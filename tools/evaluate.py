@@ -9,10 +9,10 @@
     python tools/evaluate.py import --task livecodebench --data FILE --completions FILE.jsonl --out codes.json
 
 Data files have the layout in which each set is published, as JSONL, CSV or parquet; nothing is fetched. No
-generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are what R1's
-report fixes: temperature 0.6, top-p 0.95, 32,768 tokens, 64 samples, no system prompt. Questions and prompts
-are in tasks.py, how answers are graded in grading.py. Times and dates stay out of all files: the same seed
-gives the same bytes.
+generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are R1's:
+temperature 0.6, top-p 0.95, 32,768 tokens and no system prompt are its report's, which has 4 to 64 samples,
+64 its README's (LiveCodeBench: 16). Questions and prompts are in tasks.py, how answers are graded in
+grading.py. Times and dates stay out of all files: the same seed gives the same bytes.
 """
 import argparse
 import hashlib
@@ -456,7 +456,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f"{task.prompt} ({name})" for name, task in TASKS.items()))
         sub.add_argument("--k", type=int, help="samples a question (as run, or 64; livecodebench: 16)")
         sub.add_argument("--limit", type=int, metavar="N", help="the first N questions (all; demo: 100)")
-        sub.add_argument("--out", type=Path, required=not out, help=out or "where the results go")
+        sub.add_argument("--out", type=Path, required=not out,
+                         help=out or "where the results go: a folder; of export and import: a file")
         sub.set_defaults(work=work)
         return sub
 
@@ -535,8 +536,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.work(args)
         return 0
-    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
-        if FIRST:                       # all ranks know of it; one says it
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not memory.ran_out(error):
+            raise
+        if FIRST or memory.ran_out(error):      # of all else all ranks know, and one says it
             print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

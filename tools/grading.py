@@ -12,7 +12,6 @@ import logging
 import math
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -165,7 +164,8 @@ def serve(seconds: float) -> None:
     """The worker: reads [gold, answer] from standard input, writes true or false, until the input ends."""
     from math_verify import LatexExtractionConfig, parse, verify
     logging.disable(logging.CRITICAL)               # it warns that time-outs are off; the limit is ours
-    with contextlib.suppress(ValueError):           # a tower of powers eats memory, too; macOS may refuse
+    with contextlib.suppress(ValueError, ImportError):      # a tower of powers eats memory, too; macOS may
+        import resource                             # refuse, Windows has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))
 
     def parsed(answer: str) -> list:

@@ -1,10 +1,11 @@
 """What a model needs before you buy or rent for it: memory per GPU, what fits, and how fast a step can be.
 
-    python tools/plan.py --config config_671B.json --gpus 8 --gpu-gib 141 --batch 8 --seq 32768
+    python tools/plan.py --config config_671B.json --gpus 8 --gpu-gib 139 --batch 8 --seq 32768
 
 No weights are needed; memory.py says what is counted, and how exactly.
 """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,12 +44,15 @@ def report(cfg: Config, rt: Runtime, gpu_gib: float, reserve_gib: float,
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Memory and speed limits of a model on GPUs, from its config alone.")
-    parser.add_argument("--config", type=Path, required=True, help="ours, or a HuggingFace config.json")
+    parser.add_argument("--config", type=Path, required=True, help="ours, or HuggingFace's, or its folder")
     parser.add_argument("--gpus", type=int, default=1, help="ranks (%(default)s)")
-    parser.add_argument("--gpu-gib", type=float, required=True, help="memory of one, e.g. 80 or 141")
+    parser.add_argument("--gpu-gib", type=float, required=True,
+                        help="memory of one, as PyTorch counts it: about 79 for an H100, 139 for an H200")
     parser.add_argument("--batch", type=int, default=1, help="sequences that run together (%(default)s)")
     parser.add_argument("--seq", type=int, help="tokens of prompt and answer (40960, or the model's limit)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--fp8", choices=["stored", "bf16"], default="stored",
+                        help="FP8 weights: as they are, or written by `convert.py --dtype bf16` (%(default)s)")
     parser.add_argument("--prefill-chunk", type=int, default=2048, help="(%(default)s)")
     parser.add_argument("--reserve-gib", type=float, default=2.0, help="left free (%(default)s)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of one GPU, e.g. 3350 or 4800")
@@ -60,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.reserve_gib < 2 ** 31:
         parser.error(f"--reserve-gib is {args.reserve_gib}; it must be 0 or more")
     try:
-        cfg = load_config(args.config)
+        cfg = load_config(args.config / "config.json" if args.config.is_dir() else args.config)
+        cfg = replace(cfg, fp8=cfg.fp8 and args.fp8 == "stored")
         seq = args.seq or min(40_960, cfg.context_len)
         if seq > cfg.context_len:
             raise ValueError(f"--seq is {seq}; this model was made for at most {cfg.context_len}")

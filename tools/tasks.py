@@ -176,7 +176,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_jsonl(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().rstrip(b"\r\n").splitlines(), 1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError, RecursionError):
