@@ -1,10 +1,10 @@
-"""softmax(scale q k^T + bias) v, in several ways to one result, each the fastest in its place.
+"""softmax(scale q k^T + bias) v (V3 Eq. 10), in several ways to one result, each the fastest in its place.
 
     attend          heads share keys and values in groups, or do not: GQA, and MLA's expanded form
     attend_latents  all heads share one key, of which the value is a part: MLA's absorbed form
     attend_one      what both are when a GPU decodes: flash decoding, a Triton kernel
 
-What attends to what, model.py says; nothing here is needed to understand it. Dimension letters are model.py's.
+What attends to what, model.py says; nothing here is needed to understand it. Letters are those of model.py.
 """
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor, sca
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
         if torch.compiler.is_compiling() and q.device.type == "cpu" and not kernel.fp32_is_faster(q):
-            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # keys times q^T [b, g, h/g, t]
+            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # keys q^T [b, g, h/g, t]
             o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
         else:
             o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor, sca
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, nothing came before
-    them: then the mask is a plain triangle, and the fastest kernel skips what that hides without reading it."""
+    them: then the mask is a plain triangle, and the fastest kernel does not read what that hides."""
     first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
     # That kernel lets heads share keys as they lie there; of those for fp32 on a GPU none does
     grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
@@ -111,7 +111,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float)
     q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed
     form v is the front of k. Keys are cut into runs, for which all processors work at once; each gives the
     softmax-weighted mean of its values and the log-sum-exp of its scores (lse). Keys past a row's end are not
-    read, and `positions` is read on the device: a CUDA graph for many slots is hardly slower than one for few.
+    read, and `positions` is read on the device: a graph for many slots is hardly slower than one for few.
     """
     parts, lse = _launch_attend(q, k, v, positions, scale)                  # [b, h, runs, v], [b, h, runs]
     return (lse.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]

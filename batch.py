@@ -53,8 +53,8 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
     if len(kinds) != 1:
         raise ValueError(f"{where}: needs a JSON object with one of 'prompt', 'messages' and 'raw'")
     if unheard := [key for key in SETTINGS if key in record]:
-        raise ValueError(f"{where}: {unheard[0]!r} would not be heeded: options hold for all lines, system text "
-                         f"is one of the 'messages', and tools are not called")
+        raise ValueError(f"{where}: {unheard[0]!r} would not be heeded: options hold for all lines, system "
+                         f"text is one of the 'messages', and tools are not called")
     key, kind = kinds[0], KINDS[kinds[0]]
     if not isinstance(record[key], kind) or not record[key] or kind is str and not record[key].strip():
         raise ValueError(f"{where}: {key!r} is {record[key]!r}; it must be a {kind.__name__}, not empty")

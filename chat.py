@@ -127,8 +127,8 @@ class Chat:
 
     Most chat bugs live in templates: two BOS, no <think>, old reasoning fed back. So the format of R1 and its
     distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens:
-    style "r1" or "distill". A checkpoint without these tokens, or whose own template writes another format with
-    them (V3.1), is rendered by its template, "jinja". Neither: ValueError.
+    style "r1" or "distill". A checkpoint without these tokens, or whose own template writes another format
+    with them (V3.1), is rendered by its template, "jinja". Neither: ValueError.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -145,7 +145,7 @@ class Chat:
                              f"R1's tokens ({USER}, {ASSISTANT}, {THINK}, a bos_token, an eos_token){absent}")
 
     def _is_ours(self) -> bool:
-        """Whether the template writes R1's format, with or without (before February 2025) the open <think>."""
+        """Whether the template writes R1's format, with or (before February 2025) without the <think>."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             ours, theirs = ([render(messages, True) for messages in (talk[:1], talk + talk[:1])]
@@ -159,7 +159,7 @@ class Chat:
         for i, message in enumerate(messages):
             role = message.get("role") if isinstance(message, dict) else None
             if role not in ("system", "user", "assistant", "tool"):
-                raise ValueError(f"messages[{i}].role is {role!r}; it must be system, user, assistant or tool")
+                raise ValueError(f"messages[{i}].role is {role!r}; known: system, user, assistant, tool")
             content = message.get("content")
             if not isinstance(content, str) and not (content is None and role == "assistant"
                                                      and message.get("tool_calls")):

@@ -24,8 +24,6 @@ from tqdm import tqdm
 import kernel
 from model import Block, Cache, RMSNorm, Step, Transformer
 
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}   # product and sum may be one instruction
-
 
 class Part(nn.Module):
     """call(weights, *inputs) as a module, which is what torch.export takes.
@@ -80,8 +78,8 @@ def make_parts(model: Transformer, rows: int) -> list[tuple[Callable, Part]]:
 
 
 def compile_forward(model: Transformer, cache: Cache) -> Callable:
-    """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and the
-    first slots of `cache`."""
+    """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and
+    the first slots of `cache`."""
     calls = [(run, list(part.weights.values())) for run, part in make_parts(model, rows=len(cache.lengths))]
 
     def forward(tokens: Tensor, slots: int) -> Tensor:
@@ -138,8 +136,9 @@ def build(part: Part, path: Path) -> None:
         examples = tuple(map(torch.empty_like, tensors))            # only their shapes matter
         program = torch.export.export(part, examples, dynamic_shapes={"tensors": open_axes})
         try:
-            aoti_compile_and_package(program, package_path=f"{folder}/part.pt2",
-                                     inductor_configs=OPTIONS | {"cpp.cxx": (compiler(),)})
+            aoti_compile_and_package(program, package_path=f"{folder}/part.pt2", inductor_configs={
+                "cpp.enable_floating_point_contract_flag": "fast",      # product and sum in one instruction
+                "cpp.cxx": (compiler(),)})
         except (exc.InductorError, exc.CppCompileError, exc.InvalidCxxCompiler) as error:
             lines = str(error).splitlines()
             cause = next((line for line in lines if "error:" in line), lines[0])
@@ -152,8 +151,8 @@ def build(part: Part, path: Path) -> None:
 
 @functools.cache
 def load(path: Path) -> Callable:
-    """The compiled part: takes a list of inputs and weights, returns a list of one tensor. OSError if the file
-    is damaged.
+    """The compiled part: takes a list of inputs and weights, returns a list of one tensor. OSError if the
+    file is damaged.
 
     torch._inductor.aoti_load_package is this with 150 MB of Python modules around it.
     """

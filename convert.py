@@ -4,7 +4,8 @@
 
 TABLE maps every tensor name to HuggingFace's and says along which axis ranks share it. `Checkpoint.part`
 reads one rank's part of one tensor, for `convert`, which writes model{rank}-mp{N}.safetensors, and for
-`load_model`, so that generate.py runs a HuggingFace folder or a converted one, with any legal number of ranks.
+`load_model`, so that generate.py runs a HuggingFace folder or a converted one, with any legal
+number of ranks.
 
 Everything is checked from the files' headers before the first tensor is used: names, shapes, dtypes, FP8
 scales, that no file is missing or cut short, that N divides what it cuts, and that every key is used once.
@@ -70,7 +71,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
               "added_tokens.json", "generation_config.json", "chat_template.jinja")
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                       "F8_E4M3": kernel.FP8}
-HIGH_PRECISION = {torch.float32, torch.bfloat16, torch.float16}
+HIGH_PRECISION = set(DTYPES.values())
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Config: HuggingFace's config.json -> ours
@@ -164,7 +165,9 @@ def config_from_hf(data: dict) -> Config:
     if keys:
         raise ValueError(f"unknown key {min(keys)!r} (value {keys[min(keys)]!r}): it might change the model; "
                          f"if it does not, remove it or pass a config of this project with --config")
-    return Config.from_dict(ours)
+    cfg = Config.from_dict(ours)            # who adds YaRN as Qwen advises leaves max_position_embeddings alone
+    stretched = int(cfg.rope.factor * cfg.rope.original_context_len) if cfg.rope.kind == "yarn" else 0
+    return replace(cfg, context_len=max(cfg.context_len, stretched))
 
 
 def _name_theirs(error: ValueError) -> str:
@@ -285,11 +288,11 @@ class Checkpoint:
         return files
 
     def header(self, file: Path) -> dict[str, tuple[torch.dtype, list[int], int]]:
-        """Names, dtypes, shapes and places (bytes from the start) of the tensors in one file. ValueError if it
-        is cut short or no safetensors file."""
+        """Names, dtypes, shapes and places (bytes from the start) of the tensors in one file. ValueError if
+        it is cut short or no safetensors file."""
         if file not in self._headers:
             try:
-                with safe_open(file, "pt"), open(file, "rb") as f:      # the first checks what the second reads
+                with safe_open(file, "pt"), open(file, "rb") as f:      # the first checks for the second
                     length = int.from_bytes(f.read(8), "little")
                     head = json.loads(f.read(length))
             except (SafetensorError, OSError) as error:
@@ -389,7 +392,7 @@ class Checkpoint:
         pieces = ((start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096))
         if shape != other or not all(torch.equal(self.read(head, 0, *piece).float(),
                                                  self.read(embed, 0, *piece).float()) for piece in pieces):
-            raise ValueError(f"{self.where[head]}: tensor {head} differs from {embed}, to which the config ties "
+            raise ValueError(f"{self.where[head]}: tensor {head} differs from {embed}, and the config ties "
                              f"it; set tie_word_embeddings to false in config.json, or remove the tensor")
 
     def mapped_bytes(self, rt: Runtime) -> int:
@@ -426,8 +429,8 @@ class Checkpoint:
     def read(self, key: str, cut: int, start: int, stop: int) -> Tensor:
         """Rows (cut 0) or columns (cut 1) start to stop of a stored tensor, and nothing else of it.
 
-        Its bytes are mapped as long as they are in use, and by themselves: of a whole file, what has been read
-        would stay in memory, and to open it with safe_open takes 2 ms if it has a thousand tensors.
+        Its bytes are mapped as long as they are in use, and by themselves: of a whole file, what has been
+        read would stay in memory, and to open it with safe_open takes 2 ms if it has a thousand tensors.
         """
         dtype, shape, place = self.header(self.where[key])[key]
         data = np.memmap(self.where[key], mode="c", offset=place, shape=math.prod(shape) * dtype.itemsize)
@@ -502,8 +505,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     _check_disk(out, todo)
     write_ranks(checkpoint, todo)
     copy_companions(checkpoint.folder, out)
-    groups = {key: value for key, value in asdict(cfg).items() if value is not None}
-    (out / "config.json").write_text(json.dumps(groups, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     (out / (MANIFEST + ".part")).write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(out / (MANIFEST + ".part"), out / MANIFEST)
 
@@ -618,14 +620,14 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
     Cuts whole source tensors and puts rows back into HuggingFace's order, so it shares no slicing with what
     it checks. ValueError names the first tensor that differs. Dequantised FP8 is compared in that form.
     """
-    converted, count = Checkpoint(out), 0
+    converted = Checkpoint(out)
     manifest, cfg = converted.manifest, converted.cfg
     ranks, dtype = manifest["model_parallel"], None if manifest["dtype"] == "as stored" else DTYPES[cfg.dtype]
     shards = [Shard(rank, ranks) for rank in range(ranks)]
     folders = [Checkpoint(out) for _ in shards]             # each plans another rank's file
     plans = [plan_rank(folder, cfg, tp, dtype) for folder, tp in zip(folders, shards)]
     plan = plan_rank(checkpoint, cfg, shards[0], dtype)
-    for entry, *copies in tqdm(zip(plan, *plans), desc="verify", unit="tensor", total=len(plan)):
+    for entry, *copies in tqdm(zip(plan, *plans, strict=True), desc="verify", unit="tensor", total=len(plan)):
         for e, key in enumerate(entry.keys):
             whole = checkpoint.part(replace(entry, heads=0), e, Shard())
             wanted = [whole] * ranks if entry.cut is None else whole.chunk(ranks, dim=entry.cut)
@@ -637,8 +639,7 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
                 if part.dtype != expected.dtype or not torch.equal(as_bytes(part), as_bytes(expected)):
                     raise ValueError(f"{out / rank_file(tp.rank, ranks)}: {entry.name} does not equal {key} "
                                      f"of the source")
-            count += 1
-    return count
+    return sum(len(entry.keys) for entry in plan)
 
 
 class Parser(argparse.ArgumentParser):
@@ -647,6 +648,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         first = int(os.environ.get("RANK", 0)) == 0         # of several ranks one says it
         self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+
+    def at_least(self, args: argparse.Namespace, least: int, *names: str) -> None:
+        """Refuse what is given for these arguments if it is less, or too large for 32 bits."""
+        for name in names:
+            if (value := getattr(args, name, None)) is not None and not least <= value < 2 ** 31:
+                self.error(f"--{name.replace('_', '-')} is {value}; it must be {least} or more, and less "
+                           f"than 2 ** 31")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,10 +39,10 @@ def check(rt: Runtime) -> Runtime:
         least = (7, 0) if rt.dtype == torch.float32 else (8, 0)         # TorchInductor's, and its bf16's
         has = torch.cuda.get_device_capability(rt.device)
         if not kernel.triton or has < least or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
-            raise ValueError(f"--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in float32), "
-                             f"and with --fp8 gemm a GPU that multiplies e4m3; here are capability {has[0]}."
-                             f"{has[1]} and {'' if kernel.triton else 'no '}Triton; leave it out, or see README's "
-                             f"requirements")
+            raise ValueError(f"--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in "
+                             f"float32), and with --fp8 gemm a GPU that multiplies e4m3; here are capability "
+                             f"{has[0]}.{has[1]} and {'' if kernel.triton else 'no '}Triton; leave it out, or "
+                             f"see README's requirements")
     return rt
 
 
@@ -54,8 +54,8 @@ def precompile(model: Transformer) -> None:
         return
     for name, weight in model.named_parameters():
         if weight.dtype == kernel.FP8 and rt.fp8 == "dequant" and weight.shape[-1] % 4:
-            raise ValueError(f"--compile reads FP8 weights in fours, and {name} has {weight.shape[-1]} inputs; "
-                             f"add --fp8 bf16, or leave --compile out")
+            raise ValueError(f"--compile reads FP8 weights in fours, and {name} has {weight.shape[-1]} "
+                             f"inputs; add --fp8 bf16, or leave --compile out")
     # Many rows before one: after one, a GPU's compiler would leave their number open
     for rows in sorted({1, rt.rows}, reverse=True):
         (make_parts if rt.device.type == "cpu" else compile_layers)(model, rows)
@@ -87,8 +87,8 @@ def fuse(function: Callable, tune: bool, ranks: int) -> Callable:
 
 def fused_layers(model: Transformer, cache: Cache, tokens: Tensor, slots: int) -> Tensor:
     """As Transformer.forward for tokens [b, 1], up to its last norm: x [b, 1, m]. What is compiled for a kind
-    of layer serves any number of slots. Layers get the whole cache, and cut out the slots themselves: of a part
-    the compiler makes a copy, which attend_kernel would read at the strides of the original."""
+    of layer serves any number of slots. Layers get the whole cache, and cut out the slots themselves: of a
+    part the compiler makes a copy, which attend_kernel would read at the strides of the original."""
     tune = len(tokens) == 1 and not model.cfg.fp8       # else cuBLAS and kernel.py read the weights
     run = fuse(Block.forward, tune, model.rt.tp.size)
     x, step = model.embed(tokens), model.step(1, cache.lengths, slots)
@@ -106,12 +106,12 @@ def finish(model: Transformer, x: Tensor, draw: Callable, *chances: Tensor) -> t
 
 
 class Decoder:
-    """Steps of the first rows of `cache`. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
+    """Steps of the first rows of a cache. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
     into tensors, without a look at their values; draws that are equal share a graph. What was drawn must be
     read before the next step, which uses its place again."""
 
-    def __init__(self, model: Transformer, cache: Cache):
-        self.model, self.cache, self.rt = model, cache, model.rt
+    def __init__(self, model: Transformer):
+        self.model, self.cache, self.rt = model, Cache.allocate(model.cfg, model.rt), model.rt
         self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}
         self.pool = None                                # memory of all graphs, of which one runs at a time
@@ -130,7 +130,7 @@ class Decoder:
         for buffer, values in zip(self.given, given, strict=True):
             buffer.numpy()[:n] = values
         if not self.rt.compile:
-            return self.eager(n, slots, draw)()
+            return self.eager(n, slots, draw)
         rows = 1 if n == 1 else self.rt.rows            # two sizes are compiled, no more
         if n < rows:                                    # no completion: a token in the first slot
             self.cache.lengths[n:rows] = 0
@@ -142,14 +142,10 @@ class Decoder:
         tokens, *chances = (buffer[:rows].to(self.rt.device, non_blocking=True) for buffer in self.given)
         return [tokens[:, None], *chances]
 
-    def eager(self, n: int, slots: int, draw: Callable) -> Callable:
-        """The step of n rows as a function without arguments: it works on the buffers."""
-        view = self.cache.view(slice(0, n), slots)
-
-        def step() -> tuple[Tensor, ...]:
-            tokens, *chances = self.read(n)
-            return draw(self.model(tokens, view, last=1)[:, -1], *chances)
-        return step
+    def eager(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
+        """The readable reference."""
+        tokens, *chances = self.read(rows)
+        return draw(self.model(tokens, self.cache.view(slice(0, rows), slots), last=1)[:, -1], *chances)
 
     def compiled(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step with a forward pass in C++."""
@@ -164,18 +160,15 @@ class Decoder:
         """The step as a graph, captured when its power of two of slots is first needed."""
         slots = min(max(512, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
         if (rows, slots, draw) not in self.graphs:
-            self.graphs[rows, slots, draw] = self.captured(self.fused(rows, slots, draw))
+            self.graphs[rows, slots, draw] = self.captured(lambda: self.fused(rows, slots, draw))
         return self.graphs[rows, slots, draw]()
 
-    def fused(self, rows: int, slots: int, draw: Callable) -> Callable:
+    def fused(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """`eager`, with compiled layers."""
-        model, cache = self.model, self.cache.view(slice(0, rows), self.rt.max_seq_len)
-
-        def step() -> tuple[Tensor, ...]:
-            tokens, *chances = self.read(rows)
-            x = fused_layers(model, cache, tokens, slots)
-            return fuse(finish, False, self.rt.tp.size)(model, x, draw, *chances)
-        return step
+        cache = self.cache.view(slice(0, rows), self.rt.max_seq_len)
+        tokens, *chances = self.read(rows)
+        x = fused_layers(self.model, cache, tokens, slots)
+        return fuse(finish, False, self.rt.tp.size)(self.model, x, draw, *chances)
 
     def captured(self, step: Callable) -> Callable:
         """A step as a graph, with results on the host. It runs once before its capture, so that libraries get

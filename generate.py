@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -158,7 +158,7 @@ class Row:
         if self.think and self.think.opening in prompt[-2:]:
             self.follow(self.think.opening)
 
-    def take(self, token: int, stop_ids: frozenset[int]) -> str | None:
+    def take(self, token: int, stop_ids: Collection[int]) -> str | None:
         """Go on by this token; the reason if that is the end."""
         self.token, self.budget = token, self.budget - 1
         if self.think:
@@ -187,9 +187,8 @@ class Kept:
 
     The next turn of a conversation begins like the one before: what they share is not computed again.
     """
-    cache: Cache
+    decoder: Decoder                    # has the cache, and its CUDA graphs
     tokens: list[int] = field(default_factory=list)
-    decoder: Decoder | None = None
 
     def shared(self, prompt: list[int]) -> int:
         """How many leading tokens of the prompt are here; at most all but one, whose logits are needed."""
@@ -197,7 +196,7 @@ class Kept:
         return next((i for i, (kept, new) in pairs if kept != new), min(len(self.tokens), len(prompt) - 1))
 
 
-def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterable[int], max_new_tokens: int,
+def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Collection[int], max_new_tokens: int,
              sampling: Sampling = Sampling(), n_tokens: int | None = None,
              wanted: Iterable[tuple[int, int]] | None = None, think: ThinkBudget | None = None,
              stop_loops: bool = False, kept: Kept | None = None,
@@ -210,58 +209,93 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Iterabl
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
     (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
-    With several ranks, all call this with the same arguments; rank 0 draws and the others follow, whatever
-    their seed. Rank 0's `cancelled()`, asked with every forward pass, ends the call; all ranks give one or
-    none does. ValueError before any work if a prompt is empty or leaves no room.
+    With several ranks, all call this with the same arguments; rank 0 draws, the others follow. Its
+    `cancelled()`, asked with every forward pass, ends the call; all ranks give one or none does.
     """
-    rt, stop_ids = model.rt, frozenset(stop_ids)
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < rt.max_seq_len:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {rt.max_seq_len - 1} fit, because "
-                             f"max_seq_len is {rt.max_seq_len} and the answer needs room")
+    rt = model.rt
+    check_lengths(prompts, max_new_tokens, rt)
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
-    cache, rows, prefilled = kept.cache if kept else Cache.allocate(model.cfg, rt), [], (-1, None)
-    decoder = kept and kept.decoder or Decoder(model, cache)
     draw = Draw(replace(sampling, seed=0), n_tokens, rt.tp)     # equal for all seeds, which share its graphs
-    if kept:
-        kept.decoder = decoder                                  # and its CUDA graphs
-    while waiting or rows:
-        slot = next((i for i, row in enumerate(rows) if row.ended), len(rows))
+    batch = Batch(kept.decoder if kept else Decoder(model), draw, kept, cancelled)
+    while waiting or batch.rows:
+        slot = batch.free_slot()
         if waiting and slot < rt.rows:
             index, number = waiting.popleft()
-            prompt = prompts[index]
-            sources = [i for i, row in enumerate(rows) if row.prompt == index == prefilled[0]]
-            if sources:                                     # a row still begins with this prompt: clone it
-                cache.copy_row(sources[0], slot, len(prompt))
-                if kept:
-                    kept.tokens[:] = prompt
-            else:
-                prefilled = index, prefill(model, prompt, cache, slot, kept, cancelled)
-                if prefilled[1] is None:
-                    return
-            rng = np.random.default_rng((sampling.seed, index, number))
-            budget = min(max_new_tokens, rt.max_seq_len - len(prompt))
-            row = Row(index, number, len(prompt), budget, rng, think, Loop() if stop_loops else None)
-            row.begin(prompt)
-            rows[slot:slot + 1] = [row]
-            first = (torch.from_numpy(chance).to(rt.device) for chance in chances([row]))
-            advanced, drawn = [row], draw(prefilled[1], *first)
-        elif slot < len(rows):                                  # nothing waits: close the gap
-            drop_row(rows, slot, cache)
+            n, rng = len(prompts[index]), np.random.default_rng((sampling.seed, index, number))
+            budget = min(max_new_tokens, rt.max_seq_len - n)
+            row = Row(index, number, n, budget, rng, think, Loop() if stop_loops else None)
+            advanced, drawn = [row], batch.start(slot, row, prompts[index])
+        elif slot < len(batch.rows):                            # nothing waits: close the gap
+            batch.drop(slot)
             continue
         else:
-            advanced, longest = rows, max(row.length for row in rows)
-            drawn = decoder.step([row.token for row in rows], longest, draw, *chances(rows))
-            for row in rows:
-                row.length += 1
-            if kept:
-                kept.tokens.append(rows[0].token)
-        if agreed(cancelled, rt):
+            advanced, drawn = batch.rows, batch.step()
+        if drawn is None or agreed(cancelled, rt):
             return
         for row, (token, logprob) in zip(advanced, read(*drawn)):
             reason = row.take(token, stop_ids)
             new = () if reason == "stop" else (token,)
             yield Event(row.prompt, row.sample, new, (logprob,)[:len(new)], reason)
+
+
+def check_lengths(prompts: Sequence[list[int]], max_new_tokens: int, rt: Runtime) -> None:
+    """ValueError, before any work, if a prompt is empty or leaves no room, or no tokens are wanted."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < rt.max_seq_len:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {rt.max_seq_len - 1} fit, because "
+                             f"max_seq_len is {rt.max_seq_len} and the answer needs room")
+
+
+@dataclass
+class Batch:
+    """Completions in progress, in the first rows of the decoder's cache, and what advances them."""
+    decoder: Decoder
+    draw: "Draw"
+    kept: Kept | None
+    cancelled: Callable[[], bool] | None
+    rows: list[Row] = field(default_factory=list)
+    prefilled: tuple[int, Tensor | None] = (-1, None)   # the prompt that was run last, and its logits
+
+    def free_slot(self) -> int:
+        """The place of a row that has ended, or the one behind all."""
+        return next((i for i, row in enumerate(self.rows) if row.ended), len(self.rows))
+
+    def start(self, slot: int, row: Row, prompt: list[int]) -> tuple[Tensor, Tensor] | None:
+        """Put a completion of `prompt` into a free slot; what is drawn for it. None if cancelled."""
+        model, cache = self.decoder.model, self.decoder.cache
+        sources = [i for i, other in enumerate(self.rows) if other.prompt == row.prompt == self.prefilled[0]]
+        if sources:                                     # a row still begins with this prompt: clone it
+            cache.copy_row(sources[0], slot, len(prompt))
+            if self.kept:
+                self.kept.tokens[:] = prompt
+        else:
+            logits = prefill(model, prompt, cache, slot, self.kept, self.cancelled)
+            if logits is None:
+                return None
+            self.prefilled = row.prompt, logits
+        row.begin(prompt)
+        self.rows[slot:slot + 1] = [row]
+        first = (torch.from_numpy(chance).to(model.rt.device) for chance in chances([row]))
+        return self.draw(self.prefilled[1], *first)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Run the token of every row; what is drawn for them."""
+        longest = max(row.length for row in self.rows)
+        drawn = self.decoder.step([row.token for row in self.rows], longest, self.draw, *chances(self.rows))
+        for row in self.rows:
+            row.length += 1
+        if self.kept:
+            self.kept.tokens.append(self.rows[0].token)
+        return drawn
+
+    def drop(self, slot: int) -> None:
+        """Take a finished row out; the last row fills its gap, so rows 0 .. n-1 are in use."""
+        last = self.rows.pop()
+        if slot < len(self.rows):
+            self.decoder.cache.copy_row(len(self.rows), slot, last.length)
+            self.rows[slot] = last
 
 
 def agreed(cancelled: Callable[[], bool] | None, rt: Runtime) -> bool:
@@ -329,14 +363,6 @@ def read(tokens: Tensor, logprobs: Tensor) -> Iterator[tuple[int, float]]:
     if any(map(math.isnan, logprobs)):
         raise FloatingPointError("the model's logits are not numbers: are its weights or its config damaged?")
     return zip(tokens.tolist(), logprobs)
-
-
-def drop_row(rows: list[Row], slot: int, cache: Cache) -> None:
-    """Take a finished row out of the batch; the last row fills its gap, so rows 0 .. n-1 are in use."""
-    last = rows.pop()
-    if slot < len(rows):
-        cache.copy_row(len(rows), slot, last.length)
-        rows[slot] = last
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -447,9 +473,7 @@ class Job:
     stop_ids: frozenset[int]
     n_tokens: int                       # ids that the tokenizer knows
     max_new_tokens: int
-    max_seq_len: int
-    rows: int = 1
-    fp8: str = Runtime.fp8
+    rt: Runtime                         # rank 0's
     prompts: list[list[int]] = field(default_factory=list)      # empty when interactive
     wanted: list[tuple[int, int]] = field(default_factory=list) # (prompt, sample) that are still to be made
     think: ThinkBudget | None = None
@@ -520,8 +544,8 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
               if (i, sample) not in results.records]
     rt = runtime(args, cfg, ranks, max(1, min(args.batch_size or BATCH, len(wanted))), max_seq_len)
     rt = convert_once(args, cfg, fit(args, cfg, rt, room, checkpoint.mapped_bytes(rt), longest), room)
-    job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt.max_seq_len, rt.rows,
-              rt.fp8, prompts, wanted, think_budget(args, tokenizer), args.stop_loops)
+    job = Job(sampling, tokenizer.stop_ids, tokenizer.n_tokens, args.max_new_tokens, rt, prompts, wanted,
+              think_budget(args, tokenizer), args.stop_loops)
     return job, results
 
 
@@ -543,8 +567,8 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped:
 
     Open are the rows without --batch-size, and the length of a conversation without --max-seq-len. The cache
     counts at full length, although on a CPU it takes memory token by token. `mapped` bytes of the weights do
-    not count: they stay a file, whose pages the system drops and reads again as it likes. No length is advised
-    that leaves the longest prompt no room.
+    not count: they stay a file, whose pages the system drops and reads again as it likes. No length is
+    advised that leaves the longest prompt no room.
     """
     need = memory.plan(cfg, rt)
     if mapped > room:
@@ -596,7 +620,7 @@ def make_parser() -> Parser:
     mode.add_argument("--interactive", action="store_true", help="chat; /help lists its commands")
     mode.add_argument("--prompt", metavar="TEXT", help="answer one question")
     mode.add_argument("--input-file", type=Path, metavar="FILE",
-                      help="JSON lines with 'prompt', 'messages' or 'raw', or plain text with one prompt a line")
+                      help="JSON lines with 'prompt', 'messages' or 'raw', or plain text, a prompt a line")
     parser.add_argument("--output-file", type=Path, metavar="FILE",
                         help="JSON lines (default: standard output)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="K",
@@ -619,7 +643,7 @@ def make_parser() -> Parser:
                              "gemm on GPUs with FP8 tensor cores, else bf16 if that leaves half of the "
                              "memory free and --compile is not there, else dequant")
     parser.add_argument("--compile", action="store_true",
-                        help="faster tokens, once compiled (minutes): C++ code on a CPU, CUDA graphs on a GPU")
+                        help="faster tokens, once compiled (minutes): C++ on a CPU, CUDA graphs on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                         help="auto: the GPU, if there is one")
     return parser
@@ -648,12 +672,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser()
     add_sampling(parser)
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < 2 ** 31:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more, and less than 2 ** 31")
-    if args.think_budget is not None and args.think_budget < 0:
-        parser.error(f"--think-budget is {args.think_budget}; it must be 0 or more")
+    parser.at_least(args, 1, "batch_size", "max_new_tokens", "max_seq_len", "num_samples", "prefill_chunk")
+    parser.at_least(args, 0, "think_budget")
     if args.stop_loops is None:
         args.stop_loops = args.input_file is None
     if args.output_file and not args.input_file:
@@ -714,7 +734,7 @@ def run(args: argparse.Namespace) -> int:
             lambda: prepare(args, checkpoint, ranks, room) if first else (None, None, [], None))
         job = ranks.share(job)
         introduce(checkpoint, ranks)
-        rt = replace(runtime(args, checkpoint.cfg, ranks, job.rows, job.max_seq_len), fp8=job.fp8)
+        rt = check(replace(job.rt, device=ranks.device, tp=ranks.tp))
         model = ranks.together(lambda: load_model(checkpoint, rt))
         precompile(model)
     except (ValueError, OSError) as error:
@@ -723,7 +743,8 @@ def run(args: argparse.Namespace) -> int:
         fp8 = f" (FP8 weights: {rt.fp8})" * checkpoint.cfg.fp8
         ends = ", ".join(map(str, sorted(job.stop_ids)))
         print(f"{str(rt.dtype)[6:]}{fp8} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
-              f"sequence, chat format {chat.style!r}, end token {ends}, seed {job.sampling.seed}", file=sys.stderr)
+              f"sequence, chat format {chat.style!r}, end token {ends}, seed {job.sampling.seed}",
+              file=sys.stderr)
     try:
         if args.input_file:
             run_batch(job.run(model, job.prompts, job.wanted), len(job.wanted), chat, records, results)
@@ -733,7 +754,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            talk(model, job, ranks, chat and Conversation(chat, job.max_seq_len, args.boxed),
+            talk(model, job, ranks, chat and Conversation(chat, rt.max_seq_len, args.boxed),
                  chat and Screen(chat, args.show_reasoning))
     except BrokenPipeError:                                 # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -746,7 +767,7 @@ def run(args: argparse.Namespace) -> int:
 def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation | None,
          screen: Screen | None) -> None:
     """Chat until the user leaves. Rank 0 reads and shows; the other ranks compute what it was asked."""
-    kept, keyboard = Kept(Cache.allocate(model.cfg, model.rt)), Keyboard(screen is not None)
+    kept, keyboard = Kept(Decoder(model)), Keyboard(screen is not None)
     with keyboard:
         for attempt in count():             # each answer is a sample of its own: /retry gives another one
             prompt = ranks.share(conversation.read(keyboard, screen) if conversation else None)
@@ -774,13 +795,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted" + "; --resume goes on from what is done" * bool(args.output_file), file=sys.stderr)
+        hint = "; --resume goes on from what is done" * bool(args.output_file)
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         rank, text = os.environ.get("RANK", 0), str(error)[:200]
         if memory.ran_out(error):
-            print(f"generate.py: error: rank {rank} ran out of memory: {text}; --batch-size, --max-seq-len or "
-                  f"--prefill-chunk can make it less{'; --resume goes on' * bool(args.output_file)}",
+            print(f"generate.py: error: rank {rank} ran out of memory: {text}; --batch-size, --max-seq-len "
+                  f"or --prefill-chunk can make it less{'; --resume goes on' * bool(args.output_file)}",
                   file=sys.stderr)
             return 2
         if not isinstance(error, dist.DistError) and "by peer" not in text:     # gloo has no type for it

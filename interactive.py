@@ -31,8 +31,9 @@ except ImportError:                     # not on Windows
 class Keyboard:
     """Reads lines and, while an answer runs, Ctrl-C; other keys wait for the next line.
 
-    As a signal, Ctrl-C would reach torchrun, which ends the job: so as long as the chat lasts, it is a key like
-    any other, and no key is shown by the terminal itself. Without a terminal, lines come from standard input.
+    As a signal, Ctrl-C would reach torchrun, which ends the job: so as long as the chat lasts, it is a key
+    like any other, and no key is shown by the terminal itself. Without a terminal, lines come from standard
+    input.
     """
 
     def __init__(self, present: bool):
@@ -100,8 +101,8 @@ COMMANDS = {
     "/retry": "ask the last question once more",
     "/think on|off": "show reasoning in full, or fold it to a line",
     "/file PATH": "put a text file in front of the next question",
-    "/search FILE.json": "put web pages in front of it: a list of texts, or of objects with 'content' and, if "
-                         "you like, 'title' and 'url'",
+    "/search FILE.json": "put web pages in front of it: a list of texts, or of objects with 'content' and, "
+                         "if you like, 'title' and 'url'",
     "/save FILE": "write the conversation as JSON, in the layout of --input-file",
     "/exit": "leave"}
 

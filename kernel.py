@@ -1,8 +1,8 @@
 """Block-wise FP8, the number format of DeepSeek-V3 and R1 (V3 section 3.3): what it is, then how it is fast.
 
 An e4m3 number has 4 exponent and 3 mantissa bits: it spans 2^-9 ... 448 and rounds by up to 1/16 of itself,
-below 2^-6 by up to 2^-10. A whole weight matrix does not fit into so narrow a range, so every small block gets
-a scale s of its own, chosen so that its largest element lands on 448: q = w / s, s = max|w| / 448.
+below 2^-6 by up to 2^-10. A whole weight matrix does not fit into so narrow a range, so every small block
+gets a scale s of its own, chosen so that its largest element lands on 448: q = w / s, s = max|w| / 448.
 
     weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
     activations    one fp32 scale per token and 128 channels        computed on the fly
@@ -12,8 +12,8 @@ FP8 operands, its result leaves the tensor core after N_C = 128 channels and is 
 (V3 Fig. 7).
 
 Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 products that are not FP8 by FP8, and
-how CPUs get them fast; 3 the one place that decides what runs instead of 1; 4 Triton kernels, and the launches
-that call them. Kernels exist only where Triton is installed.
+how CPUs get them fast; 3 the one place that decides what runs instead of 1; 4 Triton kernels, and the
+launches that call them. Kernels exist only where Triton is installed.
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
 also wkv_b, which absorbed attention uses in two parts, head by head.
@@ -191,8 +191,8 @@ def check_scale(w: Tensor, scale: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Products that are not FP8 by FP8. `linear` and `matmul` are F.linear and @, but where a CPU would be slow:
-# there `matvec` is compiled to one pass over the weights, and bf16 is multiplied in fp32.
+# 2. Products that are not FP8 by FP8. `linear` and `matmul` are F.linear and @, but where a CPU would be
+# slow: there `matvec` is compiled to one pass over the weights, and bf16 is multiplied in fp32.
 
 
 def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
@@ -282,8 +282,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fp32_is_faster(x) -> bool:
-    """Whether x, with a dtype and a device, is bf16 on a CPU for which oneDNN has no products of bf16 matrices,
-    such as x86 before AVX-512. There fp32 runs 6 times as fast, 40 to 100 times in batches."""
+    """Whether x, with a dtype and a device, is bf16 on a CPU for which oneDNN has no products of bf16
+    matrices, such as x86 before AVX-512. There fp32 runs 6 times as fast, 40 to 100 times in batches."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
 
 
@@ -314,7 +314,7 @@ capability = functools.cache(torch.cuda.get_device_capability)
 
 def device_kind(device: torch.device) -> str:
     """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
-    (227 KB of shared memory) | sm_89: NVIDIA's other GPUs with e4m3 (99 KB) | sm_80: with bf16 | old: rest."""
+    (227 KB of shared memory) | sm_89: NVIDIA's others with e4m3 (99 KB) | sm_80: with bf16 | old: rest."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip:

@@ -42,7 +42,7 @@ class Plan:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether it says that there was no memory: numpy and GPUs have types for that, PyTorch's CPU has none."""
+    """Whether it says that there was no memory: numpy and GPUs have types for that, CPUs in PyTorch none."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -105,8 +105,9 @@ def activations(model: Transformer, rt: Runtime) -> int:
     else:
         qk, v, kv_heads = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         projected, expanded = s * qk * (4 * heads + 4 * kv_heads), 0
-    # attention.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of scores;
-    # or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one more copy
+    # attention.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of
+    # scores; or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one
+    # more copy
     scores = min(min(QUERIES, s * heads // kv_heads) * t, SCORES)
     block = (4 * qk * (t + s * heads // kv_heads) + scores * (size + 8)) // size + t * v
     triangle = s * heads * qk * 5 * 4 // size if kernel.fp32_is_faster(rt) else 0

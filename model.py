@@ -8,8 +8,8 @@
 
 Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA,
 7 MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. Parameters are
-only declared here; convert.py has the table from HuggingFace's names to these, and fills them. attention.py has
-softmax(q k^T) v in fast forms, kernel.py FP8 and matrix products.
+only declared here; convert.py has the table from HuggingFace's names to these, and fills them. attention.py
+has softmax(q k^T) v in fast forms, kernel.py FP8 and matrix products.
 
 Equation numbers: "V3" DeepSeek-V3 report (arXiv 2412.19437), "V2" DeepSeek-V2 (2405.04434), "YaRN"
 (2309.00071). What V3 needs for training only is not in here: balance loss (Eq. 17-20), bias updates, and
@@ -244,7 +244,8 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, strength: float) -> float:
-    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared. R1: 1.3689."""
+    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared. R1: 1.3689.
+    (V2 section 3.1.4 had 0.0707 in place of 0.1.)"""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -254,7 +255,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     The config decides, never the length of the run: R1 was trained with YaRN, so short prompts need it, too.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    freqs = 1.0 / rope.theta ** exponent                                        # [r/2] from 1 to nearly 1/theta
+    freqs = 1.0 / rope.theta ** exponent                                        # [r/2] 1 to nearly 1/theta
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / freqs
         low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -361,7 +362,7 @@ class Step:
     sin: Tensor             # [b, s, 1, r]
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Write new [b, s, ...] into buffer [b, >= t, ...] at the new tokens' positions; return [b, t, ...]."""
+        """Write new [b, s, ...] into buffer [b, >= t, ...] at the tokens' positions; return [b, t, ...]."""
         buffer.index_put_((self.rows, self.positions), new)
         return buffer[:, :self.bias.shape[-1]]
 
@@ -470,8 +471,8 @@ class GQA(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, h/P, d]
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))                       # [b, s, g/P, d]
-        both = apply_rope(torch.cat([q, k], dim=2), step.cos, step.sin)         # in fewer operations than alone
-        q, k = both.split([q.shape[2], k.shape[2]], dim=2)                      # [b, s, h/P, d], [b, s, g/P, d]
+        both = apply_rope(torch.cat([q, k], dim=2), step.cos, step.sin)         # fewer operations than two
+        q, k = both.split([q.shape[2], k.shape[2]], dim=2)                      # [b, s, h/P, d], [.., g/P, d]
         keys = step.store(cache[0], k)                                          # [b, t, g/P, d]
         values = step.store(cache[1], v)                                        # [b, t, g/P, d]
         # o = softmax(q k^T / sqrt(d) + bias) v, query head i with key/value head i // (h/g)  [b, s, h/P, d]
@@ -551,17 +552,14 @@ class MLA(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
-        w_k, w_v = self._up_projections()                                       # [h/P, d, c], [h/P, v, c]
-        q_c = per_head(q_nope, w_k)                                             # W^UK absorbed into the query
+        # W^UK [h/P, d, c] and W^UV [h/P, v, c] alternate in wkv_b head by head. It is never FP8, because
+        # kernel.py multiplies no stacks of FP8 matrices: convert.load_model dequantises it
+        w_k, w_v = self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
+        q_c = per_head(q_nope, w_k)                             # W^UK absorbed into the query [b, s, h/P, c]
         q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
         # V3 Eq. 10 with one key for all heads, [c; k_pe], and c as its value                [b, s, h/P, c]
         o_c = attend_latents(q, latents, self.c, step.bias, step.positions, self.scale)
-        return per_head(o_c, w_v.mT)                                            # W^UV applied to the output
-
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
-        """W^UK [h/P, d, c] and W^UV [h/P, v, c], between which the rows of wkv_b alternate head by head. It is
-        never FP8: kernel.py multiplies no stacks of FP8 matrices, so convert.load_model dequantises it."""
-        return self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
+        return per_head(o_c, w_v.mT)                            # W^UV applied to the output   [b, s, h/P, v]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -587,9 +585,9 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """Chooses k of e experts for each token, and how much each one counts (V3 section 2.1.2).
 
-    R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at most
-    4 nodes. The bias b_i balances the experts' load, nearly without a loss term: training nudges it up for idle
-    experts, down for busy ones. It takes part in the choice only; the weights come from the unbiased scores.
+    R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at
+    most 4 nodes. The bias b_i balances the experts' load, nearly without a loss term: training nudges it up
+    for idle experts, down for busy ones. It takes part in the choice only; weights come from unbiased scores.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
@@ -613,7 +611,7 @@ class Gate(nn.Module):
         dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)      # [n, G]
         # -inf, not 0: a negative bias may take a kept expert below 0, and it must still beat the dropped ones
         biased = biased.masked_fill(dropped[..., None], -math.inf).flatten(1)   # [n, e]
-        experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # [n, k]
+        experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # V3 Eq. 16, not 14 [n, k]
         weights = scores.gather(1, experts)                                     # V3 Eq. 16: s_i, without b_i
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)     # V3 Eq. 13 [n, k]
@@ -629,7 +627,7 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
-        self.moe = moe = cfg.moe
+        moe = cfg.moe
         self.ue8m0 = cfg.ue8m0
         self.gate = Gate(cfg, rt)
         self.experts = MLP(moe.moe_inter_dim, cfg, rt, experts=(moe.n_routed_experts,))     # w1 [e, f/P, m]
@@ -648,10 +646,10 @@ class MoE(nn.Module):
             return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
         if torch.compiler.is_compiling():                   # decode: the host does not ask who was chosen
             out = self.experts(tokens[:, None], experts)                        # [n, k, m]
-            return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)
+            return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)           # V3 Eq. 12
         for expert in experts.unique().tolist():            # only experts that were hit are read
             token, choice = torch.where(experts == expert)  # who chose it, and as which of its k
-            out = self.experts(tokens.index_select(0, token), expert)           # twice as fast as tokens[token]
+            out = self.experts(tokens.index_select(0, token), expert)           # faster than tokens[token]
             y.index_add_(0, token, weights[token, choice, None] * out)          # V3 Eq. 12
         return y.to(x.dtype).view_as(x)
 
@@ -688,8 +686,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or this rank's part of it. R1: 671.0 B parameters; a token uses 36.6 B of them, without
-    the embedding, of which it reads a row."""
+    """The whole model, or this rank's part of it. R1: 671.0 B parameters; a token uses 36.6 B of them,
+    without the embedding, of which it reads a row."""
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
@@ -723,7 +721,7 @@ class Transformer(nn.Module):
         return all_gather(kernel.linear(self.norm(x), self.head.weight), self.rt.tp).float()
 
     def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
-        """For n_new tokens after each row's `lengths` [b], among `slots` slots: positions, mask, rotations."""
+        """For n_new tokens after each row's `lengths` [b], among `slots` slots: positions, mask, angles."""
         device = lengths.device
         positions = lengths[:, None] + torch.arange(n_new, device=device)       # [b, s]
         visible = torch.arange(slots, device=device) <= positions[..., None]    # [b, s, t]

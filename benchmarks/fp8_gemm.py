@@ -17,6 +17,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +82,8 @@ def naive(a, a_scale, w, w_scale):
 
 def forced(choice: str, a, a_scale, w, w_scale):
     """Our product, with FP8_PATH=choice."""
-    before, kernel.FORCED = kernel.FORCED, choice
-    try:
+    with mock.patch.object(kernel, "FORCED", choice):
         return kernel.fp8_gemm(a, a_scale, w, w_scale, torch.bfloat16)
-    finally:
-        kernel.FORCED = before
 
 
 def competitors(m: int, w: torch.Tensor) -> dict:
@@ -93,10 +91,9 @@ def competitors(m: int, w: torch.Tensor) -> dict:
     fp8 = {"ours": partial(forced, None)}
     if kernel.path(w.device) == "triton":
         fp8 |= {"naive": naive, "triton": partial(forced, "triton")}
-        before, kernel.FORCED = kernel.FORCED, "scaled_mm"
-        if kernel.scaled_mm_wins(m, w, torch.bfloat16):
-            fp8["scaled_mm"] = partial(forced, "scaled_mm")
-        kernel.FORCED = before
+        with mock.patch.object(kernel, "FORCED", "scaled_mm"):
+            if kernel.scaled_mm_wins(m, w, torch.bfloat16):
+                fp8["scaled_mm"] = partial(forced, "scaled_mm")
     wrapped = {name: lambda x, *operands, f=f: f(*operands[:4]) for name, f in fp8.items()}
     return {"bf16": lambda x, *operands: F.linear(x, operands[4]), **wrapped}
 

@@ -195,12 +195,9 @@ def write_gguf(cfg: Config, path: Path) -> None:
     file.close()
 
 
-ENGINES = {"ours": lambda source, device: Ours(source, device),
-           "ours compiled": lambda source, device: Ours(source, device, compile=True),
-           "ours compiled fp8": lambda source, device: Ours(source, device, compile=True, fp8=True),
-           "transformers": lambda source, device: Transformers(source, device),
-           "transformers fp32": lambda source, device: Transformers(source, device, torch.float32),
-           "llama.cpp": LlamaCpp}
+ENGINES = {"ours": Ours, "ours compiled": functools.partial(Ours, compile=True),
+           "ours compiled fp8": functools.partial(Ours, compile=True, fp8=True), "transformers": Transformers,
+           "transformers fp32": functools.partial(Transformers, dtype=torch.float32), "llama.cpp": LlamaCpp}
 
 
 def prompts(n: int, rows: int) -> list[list[int]]:
@@ -416,12 +413,11 @@ def table(facts: dict) -> list[str]:
 
 
 def plot(facts: dict, title: str, path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     tasks = list(dict.fromkeys((r["task"], r["tokens"], r["rows"]) for r in facts["rows"]))
     names = list(dict.fromkeys(r["who"] for r in facts["rows"]))
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
     for i, name in enumerate(names):
         rates = {(r["task"], r["tokens"], r["rows"]): r["of_limit"] for r in facts["rows"] if r["who"] == name}
         places = [t + (i - len(names) / 2 + 0.5) * 0.8 / len(names) for t in range(len(tasks))]
@@ -432,7 +428,6 @@ def plot(facts: dict, title: str, path: Path) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.legend(fontsize=8, ncols=3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def described(args: argparse.Namespace, model: str, device: str, facts: dict) -> tuple[dict, str]:
@@ -472,9 +467,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the files there (default: throughput_, model and device)")
     parser.add_argument("--load-only", choices=list(ENGINES), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name, least in (("rounds", 1), ("new_tokens", 1), ("longest", min(n for n, _ in DECODE))):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} or more")
+    parser.at_least(args, 1, "rounds", "new_tokens")
+    parser.at_least(args, min(n for n, _ in DECODE), "longest")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     if not find_spec("transformers"):

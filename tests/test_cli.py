@@ -14,26 +14,13 @@ from pathlib import Path
 import pytest
 import tiny
 from test_checkpoint_leftovers import edit
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from test_tokenizer import BOS, R1_ROLES, write_tokenizer
+from tokenizers import Tokenizer
 
 import convert
 import generate
 
 ROOT = Path(__file__).parent.parent
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-R1_TOKENS = [(BOS, True), (EOS, True), ("<｜User｜>", False), ("<｜Assistant｜>", False), ("<think>", False),
-             ("</think>", False)]
-
-
-def add_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges, and R1's tokens: 262 ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in R1_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +28,9 @@ def folders(tmp_path_factory):
     """The same checkpoint twice: as HuggingFace's folder, and converted for 2 ranks."""
     root = tmp_path_factory.mktemp("cli")
     tiny.write(root / "hf", tiny.deepseek(vocab_size=264))
-    add_tokenizer(root / "hf")
+    write_tokenizer(root / "hf", R1_ROLES)
     tiny.write(root / "dense", tiny.qwen2(vocab_size=264))
-    add_tokenizer(root / "dense")
+    write_tokenizer(root / "dense", R1_ROLES)
     for name in ("hf", "dense"):
         convert.convert(convert.Checkpoint(root / name), root / f"{name} mp2", 2)
     (root / "prompts.jsonl").write_text(
@@ -136,7 +123,8 @@ def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, cap
 
 
 def test_a_raw_prompt_is_what_the_model_reads_with_one_bos_in_front(folders, tmp_path):
-    texts = ["<｜User｜>1 + 1?<｜Assistant｜><think>\nIt is", f"{BOS}In <think> </think> tags. User: 1 + 1? Assistant: <think>"]
+    texts = ["<｜User｜>1 + 1?<｜Assistant｜><think>\nIt is",
+             f"{BOS}In <think> </think> tags. User: 1 + 1? Assistant: <think>"]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"raw": text}) + "\n" for text in texts) + "\n\n")
     args = ["--ckpt-path", folders / "hf", "--input-file", tmp_path / "p.jsonl", "--max-new-tokens", 4]
     prompts, original = [], generate.generate
@@ -417,7 +405,7 @@ CHECKPOINTS = {
 def test_checkpoints_that_do_not_fit_are_refused(change, word, tmp_path, capsys):
     folder = tmp_path / "hf"
     tiny.write(folder, tiny.qwen2(vocab_size=264))
-    add_tokenizer(folder)
+    write_tokenizer(folder, R1_ROLES)
     change(folder)
     (tmp_path / "prompts.txt").write_text("hi\n")
     refused(capsys, tmp_path, "--ckpt-path", folder, "--input-file", tmp_path / "prompts.txt", word=word)
@@ -426,7 +414,7 @@ def test_checkpoints_that_do_not_fit_are_refused(change, word, tmp_path, capsys)
 @pytest.mark.parametrize("temperature", [0, 0.6])
 def test_a_model_that_computes_nan_is_an_error_and_no_text(temperature, tmp_path, capsys):
     tiny.write(tmp_path, tiny.qwen2(vocab_size=264))
-    add_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, R1_ROLES)
     edit(tmp_path, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
     (tmp_path / "prompts.txt").write_text("hi\n")
     assert generate.main(["--ckpt-path", str(tmp_path), "--input-file", str(tmp_path / "prompts.txt"),

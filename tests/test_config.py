@@ -140,6 +140,14 @@ def test_settings_without_a_value_and_scales_of_v31_are_read():
     assert v31 == replace(load_config(R1), ue8m0=True)
 
 
+def test_a_context_that_yarn_stretches_is_as_long_as_it_says():
+    """Qwen's own advice adds rope_scaling to a config.json, and nothing else."""
+    yarn = dict(type="yarn", factor=4.0, original_max_position_embeddings=32768)
+    hf = {**DISTILLS_HF["qwen_7b"], "max_position_embeddings": 32768}
+    assert config_from_hf(hf).context_len == 32768
+    assert config_from_hf({**hf, "rope_scaling": yarn}).context_len == 131072
+
+
 def test_new_style_keys_mean_the_same():
     old = ("rope_theta", "rope_scaling", "torch_dtype")
     new = {key: value for key, value in R1_HF.items() if key not in old}

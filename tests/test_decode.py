@@ -70,7 +70,7 @@ def test_draws_of_all_seeds_share_a_graph(paths, monkeypatch):
     monkeypatch.setattr(Decoder, "captured", lambda self, step: step)
     monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: function)
     model = tiny.load(paths / "dense", rows=1, compile=True)
-    kept = Kept(Cache.allocate(model.cfg, model.rt))
+    kept = Kept(Decoder(model))
     for sampling in (Sampling(seed=1), Sampling(seed=2)):
         list(generate(model, [[1, 2, 3]], (), 4, sampling, kept=kept))
     assert len(kept.decoder.graphs) == 1
@@ -83,11 +83,11 @@ def test_a_step_asks_the_device_for_nothing_until_its_draw_is_read(paths, family
     model = tiny.load(paths / family, rows=3, compile=True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder = Decoder(model, Cache.allocate(model.cfg, model.rt))
+        decoder = Decoder(model)
         rows = [Row(0, i, 5, 9, np.random.default_rng(i)) for i in range(3)]
         with torch.inference_mode():
             decoder.given = [torch.zeros(3, dtype=torch.int64), *map(torch.from_numpy, chances(rows))]
-            tokens, _ = decoder.eager(3, 6, Draw(Sampling(temperature=0), None, Shard()))()
+            tokens, _ = decoder.eager(3, 6, Draw(Sampling(temperature=0), None, Shard()))
         with pytest.raises(DataDependentOutputException):
             tokens.tolist()
 

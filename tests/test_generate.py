@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
+from decode import Decoder
 from generate import Event, Kept, Loop, Sampling, ThinkBudget, generate
-from model import Cache
 
 PROMPTS = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()
            for n in (5, 60, 1, 17, 33, 2, 44)]
@@ -159,6 +159,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_work(both, prompts):
     model = Counting(tiny.load(both[0]))
     with pytest.raises(ValueError, match="prompt 1 has (0|256) tokens; 1 to 255 fit"):
         next(generate(model, prompts, (), 5))
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        next(generate(model, [[1]], (), 0))
     assert not model.shapes
 
 
@@ -173,6 +175,7 @@ class Never(Counting):
         return logits.where(torch.arange(logits.shape[-1]) < 250, -torch.inf)
 
 
+@pytest.mark.parametrize("both", [tiny.qwen2], indirect=True, ids=["dense"])
 def test_a_think_budget_closes_the_reasoning_and_nothing_else(both):
     prompts = [[*prompt, 254, 10] for prompt in PROMPTS]            # each has opened its reasoning
     sampling = Sampling(1.0, 1.0, 2)
@@ -228,6 +231,7 @@ def test_a_loop_is_noticed_after_four_rounds_and_256_tokens(period, first):
     assert not any(varied.feed(round_[n % period] if n % often else -n) for n in range(6000))
 
 
+@pytest.mark.parametrize("both", [tiny.qwen2], indirect=True, ids=["dense"])
 def test_a_completion_in_a_loop_ends_if_asked_to(both):
     class Stuck(Counting):
         def __call__(self, tokens, cache, last=None):
@@ -246,7 +250,7 @@ def test_the_next_turn_runs_only_what_follows_the_common_prefix(both):
     turns = [PROMPTS[1], PROMPTS[1] + PROMPTS[3], PROMPTS[1][:30] + PROMPTS[4], PROMPTS[1][:30] + PROMPTS[4],
              PROMPTS[1][:20], PROMPTS[0]]
     model = Counting(tiny.load(path, rows=1, prefill_chunk=16))
-    kept, held = Kept(Cache.allocate(model.cfg, model.rt)), []
+    kept, held = Kept(Decoder(model)), []
     for turn in turns:
         model.shapes.clear()
         shared = kept.shared(turn)
@@ -272,7 +276,7 @@ def test_a_cancelled_call_stops_before_the_next_pass_and_leaves_a_cache_to_go_on
     expected = complete(tiny.load(path), [PROMPTS[1]], new=8)[0]
     for passes in range(9):
         model = Counting(tiny.load(path, rows=1, prefill_chunk=16))         # 60 tokens: 4 passes
-        kept = Kept(Cache.allocate(model.cfg, model.rt))
+        kept = Kept(Decoder(model))
         events = list(generate(model, [PROMPTS[1]], (), 8, Sampling(temperature=0), kept=kept,
                                cancelled=lambda: len(model.shapes) >= passes))
         assert len(model.shapes) == passes

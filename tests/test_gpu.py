@@ -15,7 +15,6 @@ import decode
 import kernel
 from decode import Decoder
 from generate import Sampling, generate
-from model import Cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
@@ -182,11 +181,11 @@ def test_fused_steps_give_the_logits_of_eager_ones(paths, family, tolerance, set
     """But for bf16's roundings, which take a step of these models 0.013 away from fp32's, and for activations
     at an edge of e4m3, each of which moves one of 256 channels by up to 1/16."""
     model = tiny.load(paths[0] / family, device=GPU, rows=rows, max_seq_len=600, compile=True, **settings)
-    decoder = Decoder(model, Cache.allocate(model.cfg, model.rt))
+    decoder = Decoder(model)
     for token in (5, 77, 130):
         logits, = decoder.step([token] * rows, 511, look)
         decoder.cache.lengths -= 1
-        expected, = decoder.eager(rows, 512, look)()
+        expected, = decoder.eager(rows, 512, look)
         assert (logits - expected.cpu()).norm() <= tolerance * expected.norm()
 
 
@@ -194,7 +193,7 @@ def test_fused_steps_give_the_logits_of_eager_ones(paths, family, tolerance, set
 def test_a_step_waits_for_nothing_but_its_end(paths):
     """PyTorch raises at the first thing that waits for the device: that is the last line of a replay."""
     model = tiny.load(paths[0] / "fp8", device=GPU, rows=1, max_seq_len=600, fp8="gemm", compile=True)
-    decoder = Decoder(model, Cache.allocate(model.cfg, model.rt))
+    decoder = Decoder(model)
     before, = decoder.step([5], 7, look)
     assert before.device.type == "cpu" and before.isfinite().all()
     torch.cuda.set_sync_debug_mode("error")

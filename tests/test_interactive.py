@@ -405,7 +405,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 def test_every_answer_is_a_sample_of_its_own(demo, monkeypatch):
     """/retry would repeat itself word for word if it were drawn from the same random numbers."""
     wanted, attempts = [], count()
-    job = generate.Job(generate.Sampling(), frozenset(), 512, 10, 100)
+    job = generate.Job(generate.Sampling(), frozenset(), 512, 10, generate.Runtime())
     monkeypatch.setattr(generate.Job, "run", lambda self, model, prompts, which, **more: (
         wanted.append((prompts, which)), events(demo, f"</think>{next(attempts)}"))[1])
     monkeypatch.setattr(generate.Cache, "allocate", lambda *_: None)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_cli import add_tokenizer
+from test_tokenizer import R1_ROLES, write_tokenizer
 from transformers import DynamicCache
 
 import generate
@@ -172,7 +172,7 @@ def test_memory_is_linear_in_the_prompt_in_chunks_and_several_times_as_much_with
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "r1"
     tiny.write(path, tiny.deepseek(vocab_size=264, rope_scaling=YARN, max_position_embeddings=163_840))
-    add_tokenizer(path)
+    write_tokenizer(path, R1_ROLES)
     (path / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
     return path
 
@@ -245,7 +245,7 @@ def test_fp8_weights_are_converted_once_if_that_leaves_half_of_the_memory(start,
 
 def test_weights_that_stay_a_mapped_file_need_no_memory_of_their_own(start, tmp_path):
     tiny.write(tmp_path, tiny.qwen2(vocab_size=264, hidden_size=768, intermediate_size=3072))     # 111 MiB
-    add_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, R1_ROLES)
     rt, error = start(60, "--ckpt-path", tmp_path, "--prompt", "hi", "--max-new-tokens", 100)
     assert rt.rows == 1 and "read from disk again for each token" in error
     code, error = start(50, "--ckpt-path", tmp_path, "--prompt", "hi", "--max-new-tokens", 100,

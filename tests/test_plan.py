@@ -66,12 +66,12 @@ from generate import Sampling, generate
 from model import Runtime
 torch.set_num_threads(1)
 kernel.MULTIPLIES_BF16 = False
-model = load_model(Checkpoint({path!r}), Runtime(max_seq_len=4096, prefill_chunk={chunk}, dtype={dtype}))
+model = load_model(Checkpoint({path!r}), Runtime(max_seq_len=2048, prefill_chunk={chunk}, dtype={dtype}))
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 next(generate(model, [[1] * 64], (), 1, Sampling(0)))
 before = memory("VmRSS")
-next(generate(model, [[1] * 4000], (), 1, Sampling(0)))
+next(generate(model, [[1] * 2000], (), 1, Sampling(0)))
 print(memory("VmHWM") - before)
 """
 
@@ -82,13 +82,13 @@ LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_r
 
 
 @pytest.mark.parametrize("config, chunk, dtype", [
-    (DENSE, 2048, torch.float32), (LATENT, 4096, torch.bfloat16), (LATENT, 128, torch.float32),
+    (DENSE, 1024, torch.float32), (LATENT, 2048, torch.bfloat16), (LATENT, 128, torch.float32),
     (LATENT, 128, torch.bfloat16)], ids=["dense", "expanded bf16 in one chunk", "absorbed", "absorbed bf16"])
 def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path, monkeypatch):
     """bf16 as on a CPU that multiplies in fp32, which takes copies."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
     tiny.write(tmp_path, config)
-    rt = Runtime(dtype=dtype, max_seq_len=4096, prefill_chunk=chunk)
+    rt = Runtime(dtype=dtype, max_seq_len=2048, prefill_chunk=chunk)
     p = plan.plan(load_config(tmp_path / "config.json"), rt)
     script = MEASURE.format(root=str(ROOT), path=str(tmp_path), chunk=chunk, dtype=dtype)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed is given back

@@ -26,6 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -42,7 +43,7 @@ import grading  # noqa: E402
 import memory  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
 from chat import Chat, Tokenizer  # noqa: E402
-from convert import COMPANIONS, Checkpoint, Parser, load_model  # noqa: E402
+from convert import COMPANIONS, Checkpoint, Parser, load_model, read_json  # noqa: E402
 from generate import Ranks, Sampling, generate, precision  # noqa: E402
 from model import Runtime, Transformer  # noqa: E402
 from tasks import (PROMPTS, TASKS, Protocol, Question, read_gradable, read_jsonl, read_protocol,  # noqa: E402
@@ -71,9 +72,9 @@ def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
     ranks = Ranks.start(args.device)
     room = min(ranks.gather(memory.free(ranks.device)))
     plan, chat, results, call = ranks.together(lambda: prepare(args, ranks, room) if FIRST else (None,) * 4)
-    runtime, call = ranks.share(call)
+    rt, call = ranks.share(call)
     model = ranks.together(lambda: load_model(
-        Checkpoint(args.ckpt_path), Runtime(device=ranks.device, tp=ranks.tp, **runtime)))
+        Checkpoint(args.ckpt_path), replace(rt, device=ranks.device, tp=ranks.tp)))
     decode.precompile(model)
     records = [{"prompt": text} for text in plan.prompts()] if FIRST else []
     run_batch(generate(model, **call), len(call["wanted"]), chat, records, results)
@@ -81,8 +82,8 @@ def sample_from_checkpoint(args: argparse.Namespace) -> Protocol | None:
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks,
-            room: float) -> tuple[Protocol, Chat, Results, tuple[dict, dict]]:
-    """Rank 0's part before weights are read, and the arguments of Runtime and generate() on all ranks, which
+            room: float) -> tuple[Protocol, Chat, Results, tuple[Runtime, dict]]:
+    """Rank 0's part before weights are read, its Runtime, and the arguments of generate() on all ranks, which
     have `room` bytes each."""
     plan, checkpoint, chat = read_gradable(args), Checkpoint(args.ckpt_path), Chat(Tokenizer(args.ckpt_path))
     cfg, most = checkpoint.cfg, args.max_new_tokens
@@ -109,9 +110,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks,
         {"thinking": chat.thinks(template), "batch size": args.batch_size, "compile": args.compile})
     for note in checkpoint.notes:
         print(note, file=sys.stderr)
-    runtime = dict(dtype=dtype, fp8=fp8, max_seq_len=longest + most, compile=args.compile,
-                   rows=max(1, min(args.batch_size, len(wanted))))
-    return plan, chat, results, (runtime, dict(
+    rt = replace(rt, rows=max(1, min(args.batch_size, len(wanted))))
+    return plan, chat, results, (rt, dict(
         prompts=prompts, stop_ids=chat.tokenizer.stop_ids, max_new_tokens=most, wanted=wanted,
         sampling=Sampling(args.temperature, args.top_p, args.seed), n_tokens=chat.tokenizer.n_tokens))
 
@@ -217,17 +217,10 @@ def read_reply(reply: bytes) -> dict:
 # 2. grade, export, import
 
 
-def read_object(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {error}") from None
-
-
 def read_run(completions: Path) -> dict:
     """run.json beside completions that `run` made; beside those of another engine there is none: {}."""
     path = completions.with_name("run.json")
-    made = read_object(path) if path.exists() else {}
+    made = read_json(path) if path.exists() else {}
     kinds = {"task": str, "prompt": str, "k": int, "questions": int, "model": str,
              "temperature": float | int}
     if made and not all(isinstance(made.get(key), kind) for key, kind in kinds.items()):
@@ -403,7 +396,7 @@ def report(args: argparse.Namespace) -> None:
     rows = []
     for folder in args.dirs:
         try:
-            rows.append(row_of(read_object(folder / "results.json")))
+            rows.append(row_of(read_json(folder / "results.json")))
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / 'results.json'}: not made by this program") from None
     args.out.mkdir(parents=True, exist_ok=True)
@@ -501,10 +494,7 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, parser: Parser) -> None:
-    for name in ("k", "limit", "max_new_tokens", "batch_size", "concurrency", "timeout"):
-        value = getattr(args, name, None)
-        if value is not None and not 1 <= value < 2 ** 31:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be 1 or more, and less than 2 ** 31")
+    parser.at_least(args, 1, "k", "limit", "max_new_tokens", "batch_size", "concurrency", "timeout")
     read = [Path(getattr(args, name, None) or "") for name in ("completions", "data", "task")]
     if args.out and args.out.is_file() and any(map(args.out.samefile, filter(Path.is_file, read))):
         parser.error(f"--out is {args.out}, which is read, too; it would be lost")

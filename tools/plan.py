@@ -57,12 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reserve-gib", type=float, default=2.0, help="left free (%(default)s)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of one GPU, e.g. 3350 or 4800")
     args = parser.parse_args(argv)
-    for name in ("gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "bandwidth"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < 2 ** 31:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be more than 0, and less than 2 ** 31")
-    if not 0 <= args.reserve_gib < 2 ** 31:
-        parser.error(f"--reserve-gib is {args.reserve_gib}; it must be 0 or more")
+    parser.at_least(args, 1, "gpus", "gpu_gib", "batch", "seq", "prefill_chunk", "bandwidth")
+    parser.at_least(args, 0, "reserve_gib")
     try:
         cfg = load_config(args.config / "config.json" if args.config.is_dir() else args.config)
         cfg = replace(cfg, fp8=cfg.fp8 and args.fp8 == "stored")
