@@ -311,7 +311,9 @@ class ReasoningParser:
 
     R1's prompt has opened <think> (`thinking`): all up to the first </think> is reasoning, the rest answer,
     and an opening tag that the model writes all the same is dropped. Without an open <think> all is answer,
-    unless it begins with the tag. What may become a tag is held back; newlines before a part are dropped.
+    unless it begins with the tag. What may become a tag is held back; newlines before a part are dropped. A
+    stream cannot tell whether a second </think> follows; R1's template and tools/grading.py, who have it all,
+    read on from the last one.
     """
 
     def __init__(self, thinking: bool):

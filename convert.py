@@ -165,7 +165,7 @@ def config_from_hf(data: dict) -> Config:
     if keys:
         raise ValueError(f"unknown key {min(keys)!r} (value {keys[min(keys)]!r}): it might change the model; "
                          f"if it does not, remove it or pass a config of this project with --config")
-    cfg = Config.from_dict(ours)            # who adds YaRN as Qwen advises leaves max_position_embeddings alone
+    cfg = Config.from_dict(ours)        # YaRN as Qwen advises to add it leaves max_position_embeddings alone
     stretched = int(cfg.rope.factor * cfg.rope.original_context_len) if cfg.rope.kind == "yarn" else 0
     return replace(cfg, context_len=max(cfg.context_len, stretched))
 

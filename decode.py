@@ -41,8 +41,8 @@ def check(rt: Runtime) -> Runtime:
         if not kernel.triton or has < least or rt.fp8 == "gemm" and kernel.path(rt.device) != "triton":
             raise ValueError(f"--compile on a GPU needs Triton, compute capability 8.0 or more (7.0 in "
                              f"float32), and with --fp8 gemm a GPU that multiplies e4m3; here are capability "
-                             f"{has[0]}.{has[1]} and {'' if kernel.triton else 'no '}Triton; leave it out, or "
-                             f"see README's requirements")
+                             f"{has[0]}.{has[1]} and {'' if kernel.triton else 'no '}Triton; leave it out, "
+                             f"or see README's requirements")
     return rt
 
 

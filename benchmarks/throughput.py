@@ -3,13 +3,13 @@
     python benchmarks/throughput.py --config configs/qwen_0.5b.json         random weights of these shapes
     python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
 
-Every figure is a median over rounds, in each of which all take their turn at each task; of a round of decoding
-it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare forward
-passes; rows have prompts of their own, so that they choose experts of their own. Reading bandwidth (of a GPU:
-copying, bytes read and written) and GEMM peak are measured in the same rounds: what a step must read, over the
-first, and what a prompt must multiply, over the second, are the limits. Load time (without imports) and peak
-memory are those of fresh processes that load from the file cache and take a step on a CPU; on a GPU neither is
-measured, and random weights are made where they stay.
+Every figure is a median over rounds, in each of which all take their turn at each task; of a round of
+decoding it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare
+forward passes; rows have prompts of their own, so that they choose experts of their own. Reading bandwidth
+(of a GPU: copying, bytes read and written) and GEMM peak are measured in the same rounds: what a step must
+read, over the first, and what a prompt must multiply, over the second, are the limits. Load time (without
+imports) and peak memory are those of fresh processes that load from the file cache and take a step on a CPU;
+on a GPU neither is measured, and random weights are made where they stay.
 """
 import argparse
 import functools
@@ -79,7 +79,7 @@ def pace(step, times: int) -> float:
 
 @functools.cache
 def random_model(cfg: Config, rt: Runtime) -> Transformer:
-    """Our model with random weights, made on rt.device, one for all that ask: FP8 ones of any finite codes."""
+    """Our model with random weights, made on rt.device, one for all who ask: FP8 ones of any finite code."""
     model, state = Transformer(cfg, rt), {}
     for name, t in model.state_dict().items():
         if t.dtype == kernel.FP8:
@@ -115,8 +115,9 @@ class Transformers:
         from transformers import AutoModelForCausalLM
         settings = dict(dtype=dtype, attn_implementation="sdpa")
         with torch.device(device if isinstance(source, Config) else "cpu"):
-            model = (AutoModelForCausalLM.from_config(hf_config(source), **settings) if isinstance(source, Config)
-                     else AutoModelForCausalLM.from_pretrained(source, **settings))
+            model = (AutoModelForCausalLM.from_config(hf_config(source), **settings)
+                     if isinstance(source, Config) else
+                     AutoModelForCausalLM.from_pretrained(source, **settings))
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -155,7 +156,7 @@ class LlamaCpp:
 
 
 def write_gguf(cfg: Config, path: Path) -> None:
-    """Random weights for llama.cpp in the shapes of a dense model: names of its architectures qwen2, llama."""
+    """Random weights for llama.cpp in the shapes of a dense model, its architecture qwen2 or llama."""
     import gguf
     import numpy as np
     a, d, f = cfg.gqa, cfg.dim, cfg.inter_dim
@@ -170,7 +171,8 @@ def write_gguf(cfg: Config, path: Path) -> None:
         add(value)
 
     def matrix(name, rows, columns):
-        high = (rng.standard_normal((rows, columns), dtype=np.float32) * columns ** -0.5).view(np.uint32) >> 16
+        values = rng.standard_normal((rows, columns), dtype=np.float32) * columns ** -0.5
+        high = values.view(np.uint32) >> 16
         file.add_tensor(name, high.astype(np.uint16).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
 
     def vector(name, size, value):
@@ -184,8 +186,9 @@ def write_gguf(cfg: Config, path: Path) -> None:
     for i in range(cfg.n_layers):
         for name in ("attn_norm", "ffn_norm"):
             vector(f"blk.{i}.{name}.weight", d, 1)
-        for name, rows, columns in (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, q),
-                                    ("ffn_gate", f, d), ("ffn_up", f, d), ("ffn_down", d, f)):
+        for name, rows, columns in (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d),
+                                    ("attn_output", d, q), ("ffn_gate", f, d), ("ffn_up", f, d),
+                                    ("ffn_down", d, f)):
             matrix(f"blk.{i}.{name}.weight", rows, columns)
             if a.qkv_bias and name in ("attn_q", "attn_k", "attn_v"):
                 vector(f"blk.{i}.{name}.bias", rows, 0)
@@ -251,8 +254,8 @@ def median_seconds(work, times: int) -> float:
 
 def limits(device: str) -> dict[str, float]:
     """Bytes/s of reading 1 GB, and flop/s of a product of two matrices, in fp32 and in bf16, for which a CPU
-    may take longer; then fp32's is the limit of both. A GPU copies the 1 GB and multiplies larger matrices, so
-    that its launches do not count."""
+    may take longer; then fp32's is the limit of both. A GPU copies the 1 GB and multiplies larger matrices,
+    so that its launches do not count."""
     gpu, big = device == "cuda", torch.ones(2 ** 28, device=device)
     size = 8192 if gpu else 2048
     a, b = torch.randn(2, size, size, device=device)
@@ -294,9 +297,9 @@ def multiplications(cfg: Config, n: int) -> int:
 
 
 def load_once(engine: str, folder: Path, device: str) -> dict[str, float]:
-    """Of a fresh process that has imported what it needs: seconds to load, and until the first token of a short
-    prompt; bytes at the peak of loading and one step, without those before. Pages of a mapped file count once
-    they are read."""
+    """Of a fresh process that has imported what it needs: seconds to load, and until the first token of a
+    short prompt; bytes at the peak of loading and one step, without those before. Pages of a mapped file
+    count once they are read."""
     done = subprocess.run([sys.executable, __file__, "--load-only", engine, "--ckpt-path", str(folder),
                            "--device", device], capture_output=True, text=True)
     if done.returncode:
@@ -327,7 +330,8 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(source: Path | Config, names: list[str], rounds: int, new: int, longest: int, device: str) -> dict:
+def measure(source: Path | Config, names: list[str], rounds: int, new: int, longest: int,
+            device: str) -> dict:
     """All that the report is made from; times in seconds, medians over the rounds."""
     cfg, loads = source if isinstance(source, Config) else Checkpoint(source).cfg, defaultdict(list)
     engines = {name: ENGINES[name](source, device) for name in names}       # llama.cpp's file is made here
@@ -394,7 +398,8 @@ def share(cfg: Config, n: int, rows: int, new: int, name: str, seconds: float, b
 
 
 def table(facts: dict) -> list[str]:
-    peer = {(r["task"], r["tokens"], r["rows"]): r["rate"] for r in facts["rows"] if r["who"] == "transformers"}
+    peer = {(r["task"], r["tokens"], r["rows"]): r["rate"] for r in facts["rows"]
+            if r["who"] == "transformers"}
     lines = ["| task | tokens | rows | who | tokens/s | x transformers | of the limit |",
              "|---|--:|--:|---|--:|--:|--:|"]
     for r in facts["rows"]:
@@ -403,12 +408,13 @@ def table(facts: dict) -> list[str]:
                      f"| {f'''{r['rate'] / other:.2f}''' if other else ''} | {r['of_limit']:.2f} |")
     if not facts["loads"]:
         return lines
-    lines += ["", "| who | load, s | to the first token, s | weights, GB | peak memory, GB | of bf16 weights |",
+    lines += ["",
+              "| who | load, s | to the first token, s | weights, GB | peak memory, GB | of bf16 weights |",
               "|---|--:|--:|--:|--:|--:|"]
     for name, load in facts["loads"].items():
         held = f"{load['held'] / 1e9:.2f}" if load["held"] else ""
-        lines.append(f"| {name} | {load['seconds']:.2f} | {load['first_token']:.2f} | {held} | {load['bytes'] / 1e9:.2f} "
-                     f"| {load['bytes'] / facts['weights']:.2f} |")
+        lines.append(f"| {name} | {load['seconds']:.2f} | {load['first_token']:.2f} | {held} "
+                     f"| {load['bytes'] / 1e9:.2f} | {load['bytes'] / facts['weights']:.2f} |")
     return lines
 
 
@@ -419,7 +425,8 @@ def plot(facts: dict, title: str, path: Path) -> None:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
-        rates = {(r["task"], r["tokens"], r["rows"]): r["of_limit"] for r in facts["rows"] if r["who"] == name}
+        rates = {(r["task"], r["tokens"], r["rows"]): r["of_limit"] for r in facts["rows"]
+                 if r["who"] == name}
         places = [t + (i - len(names) / 2 + 0.5) * 0.8 / len(names) for t in range(len(tasks))]
         axes.bar(places, [rates.get(task, 0) for task in tasks], 0.8 / len(names), label=name)
     labels = [f"{task}\n{tokens:,} tokens\n{rows} row{'s' * (rows > 1)}" for task, tokens, rows in tasks]
@@ -439,10 +446,10 @@ def described(args: argparse.Namespace, model: str, device: str, facts: dict) ->
     bounds, moving = facts["limits"], "Copying" if args.device == "cuda" else "Reading"
     text = "\n".join([
         f"# {model} on {device}", "",
-        f"{facts['cpu']}; torch {torch.__version__}{''.join(f', {name} {peers[name]}' for name in peers)}. bf16 "
-        f"unless it says otherwise, medians of {args.rounds} round{'s' * (args.rounds > 1)}, {args.new_tokens} new "
-        f"tokens. {moving} {bounds['bandwidth'] / 1e9:.1f} GB/s, products {bounds['gemm'] / 1e9:.0f} GFLOP/s, weights "
-        f"{facts['weights'] / 1e9:.2f} GB.", "", *table(facts)])
+        f"{facts['cpu']}; torch {torch.__version__}{''.join(f', {name} {peers[name]}' for name in peers)}. "
+        f"bf16 unless it says otherwise, medians of {args.rounds} round{'s' * (args.rounds > 1)}, "
+        f"{args.new_tokens} new tokens. {moving} {bounds['bandwidth'] / 1e9:.1f} GB/s, products "
+        f"{bounds['gemm'] / 1e9:.0f} GFLOP/s, weights {facts['weights'] / 1e9:.2f} GB.", "", *table(facts)])
     return facts, text
 
 
@@ -462,8 +469,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="of a decode task (%(default)s)")
     parser.add_argument("--longest", type=int, default=LONG, help="leave out longer prompts (%(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="(benchmarks/results)")
+    parser.add_argument("--device", choices=["cpu", "cuda"],
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results",
+                        help="(benchmarks/results)")
     parser.add_argument("--name", help="of the files there (default: throughput_, model and device)")
     parser.add_argument("--load-only", choices=list(ENGINES), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -472,7 +481,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     if not find_spec("transformers"):
-        parser.error("needs transformers, which makes the random weights: pip install -r requirements-dev.txt")
+        parser.error("needs transformers, which makes random weights: pip install -r requirements-dev.txt")
     return args
 
 

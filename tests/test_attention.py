@@ -50,8 +50,9 @@ def test_absorbed_equals_expanded(tmp_path):
 @pytest.mark.parametrize("heads, groups, d, v", [(6, 2, 64, 64), (3, 3, 48, 32), (2, 2, 32, 48)])
 @pytest.mark.parametrize("s, t", [(1, 400), (2, 70), (300, 300), (600, 750)])
 def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, monkeypatch):
-    """In float64. Rows stand at t - s and, if there is room, 20 tokens before that. In bf16 weights and result
-    are rounded (2^-9 each), scores are not: they reach 20 here, where rounding would put weights 6 % off."""
+    """In float64. Rows stand at t - s and, if there is room, 20 tokens before that. In bf16 weights and
+    result are rounded (2^-9 each), scores are not: they reach 20 here, where rounding would put weights 6 %
+    off."""
     generator = torch.Generator().manual_seed(0)
     q, k, values = (torch.randn(2, n, size, generator=generator).to(dtype).unflatten(2, (heads_of, -1))
                     for n, size, heads_of in ((s, heads * d, heads), (t, groups * d, groups),

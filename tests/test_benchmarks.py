@@ -34,7 +34,8 @@ def test_the_fp8_benchmark_runs_on_a_cpu_and_writes_both_tables(tmp_path, capsys
 
 def test_an_fp8_benchmark_that_has_no_place_or_no_tokens_does_not_begin(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    for args, words in ((["--output", str(tmp_path / "file")], "file: File exists"), (["--tokens", "0"], "is 0")):
+    for args, words in ((["--output", str(tmp_path / "file")], "file: File exists"),
+                        (["--tokens", "0"], "is 0")):
         with pytest.raises(SystemExit) as stop:
             fp8_gemm.main(args)
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -68,7 +69,8 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
     monkeypatch.setattr(throughput, "PROMPTS", (16,))
     monkeypatch.setattr(throughput, "DECODE", ((8, 1), (8, 3), (20, 1), (40, 1)))
     monkeypatch.setattr(throughput, "LONG", 40)
-    monkeypatch.setattr(throughput, "limits", lambda device: {"bandwidth": 1e10, "gemm": 1e12, "gemm fp32": 1e12})
+    limits = {"bandwidth": 1e10, "gemm": 1e12, "gemm fp32": 1e12}
+    monkeypatch.setattr(throughput, "limits", lambda device: limits)
     before = set((tmp_path / "hf_0.5b").iterdir())
     assert throughput.main(["--ckpt-path", str(tmp_path / "hf_0.5b"), "--who", "ours", "transformers",
                             "--rounds", "1", "--new-tokens", "3", "--longest", "16",
@@ -103,7 +105,8 @@ def test_the_limits_count_each_active_weight_once(config):
     active = 0
     for name, p in model.named_parameters():
         if p.ndim > 1 and "embed" not in name and "head" not in name:
-            active += p.numel() * (cfg.moe.n_activated_experts / cfg.moe.n_routed_experts if p.ndim == 3 else 1)
+            chosen = cfg.moe.n_activated_experts / cfg.moe.n_routed_experts if p.ndim == 3 else 1
+            active += p.numel() * chosen
     head = cfg.vocab_size * cfg.dim
     pairs = cfg.n_layers * cfg.n_heads * (64 + 32 + 64 if cfg.mla else 128)     # (d + r) + v, or 2 d
     n = 2000
@@ -155,7 +158,8 @@ def test_what_cannot_be_measured_is_one_clear_line_before_any_work(tmp_path, mon
         assert throughput.main(args) == 2
         error = capsys.readouterr().err
         assert error.startswith("throughput.py: error: ") and words in error and error.count("\n") == 1
-    for args, words in (([*known, "--device", "cuda"], "no GPU"), ([*known, "--rounds", "0"], "--rounds is 0")):
+    for args, words in (([*known, "--device", "cuda"], "no GPU"),
+                        ([*known, "--rounds", "0"], "--rounds is 0")):
         with pytest.raises(SystemExit):
             throughput.main(args)
         assert words in capsys.readouterr().err

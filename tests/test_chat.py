@@ -175,12 +175,14 @@ def test_a_template_with_rules_of_its_own_is_obeyed_though_r1s_tokens_are_there(
 
 
 def test_marks_for_training_are_no_part_of_the_text(tmp_path):
-    template = "{% for m in messages %}\n{% generation %}\n{{ m.content }}\n{% endgeneration %}\n.{% endfor %}"
+    template = ("{% for m in messages %}\n{% generation %}\n{{ m.content }}\n{% endgeneration %}\n."
+                "{% endfor %}")
     write_tokenizer(tmp_path, tokens=[], chat_template=template)
     file = str(tmp_path / "tokenizer.json")
     reference = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template)
     messages = talk(("U", "a"), ("A", "b"))
-    assert Chat(Tokenizer(tmp_path)).render(messages) == reference.apply_chat_template(messages, tokenize=False)
+    theirs = reference.apply_chat_template(messages, tokenize=False)
+    assert Chat(Tokenizer(tmp_path)).render(messages) == theirs
 
 
 def test_a_template_that_thinks_is_noticed_and_one_with_two_bos_refused(tmp_path):

@@ -357,8 +357,8 @@ def test_a_link_stays_one_and_its_file_is_written(folders, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     real = tmp_path / "elsewhere/real.jsonl"
     (tmp_path / "out.jsonl").symlink_to(real)
-    assert generate.main(["--ckpt-path", str(folders / "dense"), "--input-file", str(tmp_path / "prompts.txt"),
-                          "--max-new-tokens", "2", "--output-file", str(tmp_path / "out.jsonl")]) == 0
+    assert generate.main(["--ckpt-path", str(folders / "dense"), "--max-new-tokens", "2", "--input-file",
+                          str(tmp_path / "prompts.txt"), "--output-file", str(tmp_path / "out.jsonl")]) == 0
     assert (tmp_path / "out.jsonl").is_symlink() and real.read_text().count("\n") == 1
 
 

@@ -493,7 +493,8 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["export", "--task", "EMPTY"], "holds no row"),
        (["export", "--task", "gpqa", "--data", "DATA"], "'Question' is None"),
        (["grade", "--task", "demo", "--completions", "missing.jsonl"], "missing.jsonl"),
-       (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"], "run.json: not made by this"),
+       (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"],
+      "run.json: not made by this"),
        (["run", "--task", "demo", "--k", str(2 ** 31)], "less than 2 ** 31"),
        (["report", "NOWHERE"], "results.json"),
        (["report", "FOLDER"], "not made by this program")]
@@ -523,7 +524,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
 def test_what_does_not_fit_is_refused_before_hashing_and_what_is_advised_fits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.memory, "free", lambda device: 2 ** 26)
     monkeypatch.setattr(evaluate, "hash_files", lambda checkpoint: pytest.fail("it fits"))
-    args = ["run", "--task", "demo", "--k", "64", "--device", "cpu", "--out", tmp_path / "out", "--batch-size"]
+    args = ["run", "--task", "demo", "--k", "64", "--device", "cpu", "--out", tmp_path / "out",
+            "--batch-size"]
     assert run(*args, "2000") == 2
     error = capsys.readouterr().err
     rows = int(re.search(r"2000 x \d+ tokens need .* 0.06 GiB .* what fits: --batch-size (\d+)\n", error)[1])
@@ -555,7 +557,8 @@ def test_half_a_surrogate_pair_in_a_completion_is_graded_and_written(tmp_path):
     data = write(tmp_path / "aime.jsonl", AIME)
     lines = [json.dumps({"index": i, "text": "\ud83d</think>\\boxed{\ud83d}"}) for i in range(len(AIME))]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    assert run("grade", "--task", data, "--completions", tmp_path / "c.jsonl", "--k", 1, "--out", tmp_path) == 0
+    completions = tmp_path / "c.jsonl"
+    assert run("grade", "--task", data, "--completions", completions, "--k", 1, "--out", tmp_path) == 0
     assert result(tmp_path)["scores"]["pass@1"] == 0
 
 

@@ -1,10 +1,10 @@
-"""Claim: on a GPU the kernels equal their definitions, the models HuggingFace's logits, and a decode step that
-is replayed as a CUDA graph gives the tokens of the eager one. Skipped where there is no GPU.
+"""Claim: on a GPU the kernels equal their definitions, the models HuggingFace's logits, and a decode step
+that is replayed as a CUDA graph gives the tokens of the eager one. Skipped where there is no GPU.
 
-Quantising divides and rounds as the definition does, so it must be equal bit for bit. Products of e4m3 numbers
-are exact; what tensor cores lose in sums of 128 is bounded by 2^-13 of the sum's largest term (they keep 14
-bits), and bf16 results round by 2^-9: hence 4e-3 of the norm. fp32 products are in full precision (TF32 is off
-by default).
+Quantising divides and rounds as the definition does, so it must be equal bit for bit. Products of e4m3
+numbers are exact; what tensor cores lose in sums of 128 is bounded by 2^-13 of the sum's largest term (they
+keep 14 bits), and bf16 results round by 2^-9: hence 4e-3 of the norm. fp32 products are in full precision
+(TF32 is off by default).
 """
 import pytest
 import tiny
@@ -155,14 +155,15 @@ def complete(model, sampling, new: int = 30) -> list[list[int]]:
                                                 pytest.param("fp8", "gemm", False, marks=fp8_only)])
 def test_graphs_give_the_tokens_of_eager_steps(paths, family, fp8, fused, rows, monkeypatch):
     """A prompt of 500 tokens crosses from the bucket of 512 slots into the next one, captured then.
-    Sums in another order may take an activation over an edge of e4m3: hence a graph of FP8's eager kernels."""
+    Sums in another order may take an activation over an edge of e4m3: hence FP8's graph of eager kernels."""
     captured, capture = [], Decoder.captured
     monkeypatch.setattr(Decoder, "captured", lambda *args: (captured.append(args), capture(*args))[1])
     if not fused:
         monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: function)
     for sampling in (Sampling(temperature=0), Sampling(1.0, 0.9, 3)):
         settings = dict(device=GPU, rows=rows, max_seq_len=600, fp8=fp8)
-        eager, graphs = (tiny.load(paths[0] / family, **settings, compile=compile) for compile in (False, True))
+        eager, graphs = (tiny.load(paths[0] / family, **settings, compile=compile)
+                         for compile in (False, True))
         decode.precompile(graphs)                               # as generate.py does
         assert complete(graphs, sampling) == complete(eager, sampling)
     assert len(captured) >= 4

@@ -63,7 +63,7 @@ def test_a_conversation_folds_its_reasoning_and_ctrl_c_stops_an_answer_on_all_ra
     assert re.search(r"\r\x1b\[K\x1b\[2mthought for \d+ tokens, \d+ s\r\n\r\n\x1b\[0m478 \+ 56 = .boxed.534",
                      shown)
     assert re.search(r"tokens/s; prompt: 17 of 17 tokens new", shown)
-    child.send("Mia has 23 boxes with 12 pencils in each, and 40 more pencils. "      # reasoning of 200 tokens
+    child.send("Mia has 23 boxes with 12 pencils in each, and 40 more pencils. "    # reasoning of 200 tokens
                "How many pencils is that in all?\r")
     child.expect("thinking, 1.* tokens")
     child.send(CTRL_C)

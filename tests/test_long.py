@@ -47,8 +47,9 @@ def far_logits(model: Transformer, tokens: torch.Tensor, positions: torch.Tensor
     def jump(n_new: int, lengths: torch.Tensor, slots: int):
         start = int(lengths)
         turned = [step(1, positions[0, i, None], slots) for i in range(start, start + n_new)]
-        return replace(step(n_new, lengths, slots), **{part: torch.cat([getattr(s, part) for s in turned], dim=1)
-                                                       for part in ("cos", "sin")})
+        return replace(step(n_new, lengths, slots),
+                       **{part: torch.cat([getattr(s, part) for s in turned], dim=1)
+                          for part in ("cos", "sin")})
 
     model.step = jump
     logits = torch.cat([model(piece, cache) for piece in tokens.split([32, 40, 1, 1, 22], dim=1)], dim=1)
@@ -214,7 +215,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_read_and_what_is_advise
     assert code == 2 and "what fits: nothing" in error
     (folder / "long.txt").write_text("a" * 20_000)              # whose length no advice may fall short of
     for mib in range(40, 200, 20):
-        code, error = start(mib, "--input-file", folder / "long.txt", "--max-seq-len", 50_000, "--batch-size", 1)
+        code, error = start(mib, "--input-file", folder / "long.txt", "--max-seq-len", 50_000,
+                            "--batch-size", 1)
         if advice := re.search(r"--max-seq-len (\d+)", error.partition("what fits")[2]):
             assert int(advice[1]) > 20_000
     assert "or --prefill-chunk 256\n" in start(900, *args, "--batch-size", 1, "--prefill-chunk", 2048)[1]
@@ -239,7 +241,8 @@ def test_fp8_weights_are_converted_once_if_that_leaves_half_of_the_memory(start,
     mib = memory.plan(load_config(tmp_path / "config.json"), rt).total / 2 ** 20
     assert rt.fp8 == "bf16" and start(2 * mib + 1, *args)[0] == rt
     assert start(2 * mib - 1, *args)[0] == replace(rt, fp8="dequant")
-    for told, mode in (["--fp8", "dequant"], "dequant"), (["--fp8", "gemm"], "gemm"), (["--compile"], "dequant"):
+    for told, mode in ((["--fp8", "dequant"], "dequant"), (["--fp8", "gemm"], "gemm"),
+                       (["--compile"], "dequant")):
         assert start(1e6, *args, *told)[0].fp8 == mode
 
 

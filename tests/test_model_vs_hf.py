@@ -163,7 +163,7 @@ def test_bf16_is_as_close_to_fp32_as_huggingface_bf16_is(make, tmp_path):
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that write memory. In inference mode a linear layer, a norm, attention are one each."""
+    """Counts operations that write memory. In inference mode a linear layer, a norm, attention are one."""
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -184,7 +184,8 @@ def test_a_layer_takes_fewer_operations_for_a_token_than_huggingfaces(make, dens
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16,
                                                       attn_implementation="sdpa")
         ours = tiny.load(tmp_path, dtype=torch.bfloat16, rows=1)
-        for name, model, more in (("ours", ours, [Cache.allocate(ours.cfg, ours.rt)]), ("theirs", theirs, [])):
+        cache = Cache.allocate(ours.cfg, ours.rt)
+        for name, model, more in (("ours", ours, [cache]), ("theirs", theirs, [])):
             with torch.inference_mode(), Operations() as operations:
                 model(TOKENS[:1, :1], *more)
             counts[name, layers] = operations.count

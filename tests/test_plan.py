@@ -39,7 +39,7 @@ def test_weights_and_cache_are_those_of_the_loaded_model(name, tmp_path):
         p = plan.plan(load_config(tmp_path / "config.json"), model.rt)
         own = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}     # a tied head is there once
         gates = [t for name, t in model.state_dict().items() if name.endswith("gate.weight")]
-        wider = sum(t.nbytes - 2 * t.numel() for t in gates)    # in fp32 if the checkpoint's are; R1's are not
+        wider = sum(t.nbytes - 2 * t.numel() for t in gates)    # fp32 if the checkpoint's are; R1's are not
         assert p.weights == sum(own.values()) - wider and (wider > 0) == (name == "moe")
         cache = Cache.allocate(model.cfg, model.rt)
         assert p.cache == sum(buffer.nbytes for layer in cache.layers for buffer in layer)
@@ -110,13 +110,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of Linux's C library, glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of Linux's C library, glibc")
 @pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, kept):
     """Ten times 24 MB are 60,000 new pages of 4 kB, or none."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", FAULTS.format(root=str(ROOT))], check=True, capture_output=True,
-                          text=True, env={**clean, **environment})
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(root=str(ROOT))], check=True,
+                          capture_output=True, text=True, env={**clean, **environment})
     assert (int(done.stdout) < 1000) == kept
 
 

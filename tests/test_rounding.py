@@ -61,7 +61,8 @@ def test_a_gate_in_fp32_stays_so_as_in_huggingface(tmp_path):
     theirs = AutoModelForCausalLM.from_config(tiny.deepseek(), dtype=torch.bfloat16)
     tiny.randomise(theirs).save_pretrained(tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
-    theirs, x = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").model.layers[1].mlp.gate, noise(2000, 256)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").model.layers[1].mlp.gate
+    x = noise(2000, 256)
     assert theirs.weight.dtype == torch.float32 and (theirs.weight != theirs.weight.bfloat16()).any()
     convert.convert(convert.Checkpoint(tmp_path / "hf"), tmp_path / "bf16", 1, torch.bfloat16)
     for folder in ("hf", "bf16"):

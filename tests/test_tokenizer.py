@@ -170,7 +170,7 @@ def test_stop_ids_are_eos_and_what_generation_config_adds(tmp_path, value, expec
     assert Tokenizer(tmp_path).stop_ids == expected
     (tmp_path / "generation_config.json").unlink()
     assert Tokenizer(tmp_path).stop_ids == {1}
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))      # where HuggingFace looks then
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))      # HuggingFace looks there
     assert Tokenizer(tmp_path).stop_ids == expected
 
 

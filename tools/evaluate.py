@@ -100,13 +100,14 @@ def prepare(args: argparse.Namespace, ranks: Ranks,
     mapped = checkpoint.mapped_bytes(rt)
     if (need := memory.plan(cfg, rt)).total - mapped > room:
         rows, _ = memory.largest(rt, cfg, room + mapped)
-        raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}, and {room / memory.GIB:.2f} GiB are "
-                         f"free; what fits: {f'--batch-size {rows}' if rows else 'nothing, on so few ranks'}")
+        raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}, and {room / memory.GIB:.2f} GiB "
+                         f"are free; what fits: "
+                         f"{f'--batch-size {rows}' if rows else 'nothing, on so few ranks'}")
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
         "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint),
-        "dtype": str(dtype)[6:], "fp8": fp8, "chat template": template, "chat template sha256": sha256(template),
-        "device": device, "ranks": ranks.tp.size},
+        "dtype": str(dtype)[6:], "fp8": fp8, "chat template": template,
+        "chat template sha256": sha256(template), "device": device, "ranks": ranks.tp.size},
         {"thinking": chat.thinks(template), "batch size": args.batch_size, "compile": args.compile})
     for note in checkpoint.notes:
         print(note, file=sys.stderr)

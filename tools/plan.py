@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq", type=int, help="tokens of prompt and answer (40960, or the model's limit)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(%(default)s)")
     parser.add_argument("--fp8", choices=["stored", "bf16"], default="stored",
-                        help="FP8 weights: as they are, or written by `convert.py --dtype bf16` (%(default)s)")
+                        help="FP8 weights: as they are, or as convert.py --dtype bf16 has them (%(default)s)")
     parser.add_argument("--prefill-chunk", type=int, default=2048, help="(%(default)s)")
     parser.add_argument("--reserve-gib", type=float, default=2.0, help="left free (%(default)s)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of one GPU, e.g. 3350 or 4800")

@@ -213,7 +213,7 @@ class Twin(nn.Module):
         h, known = h[:, :-1], tokens[:, 1:-1]                                   # [b, s-2, m], t_1 .. t_(s-2)
         self.real = known != PAD_ID
         x = torch.cat([self.enorm(base.embed_tokens(known)), self.hnorm(h)], dim=-1)
-        x = self.eh_proj(x)             # V3 Eq. 21, embedding first and h normed once more, as DeepSeek's files
+        x = self.eh_proj(x)             # V3 Eq. 21, embedding first and h normed once more, as in the files
         positions = torch.arange(x.shape[1])[None]
         x = self.layer(x, position_embeddings=base.rotary_emb(x, positions))    # V3 Eq. 22
         return loss, self._cross_entropy(self.norm(x), tokens[:, 2:], counts[:, 2:])        # V3 Eq. 23
