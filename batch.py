@@ -13,14 +13,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat import END_THINK, THINK, Chat, split_reasoning
+from chat import ASSISTANT, END_THINK, THINK, Chat, split_reasoning
 
 UMASK = os.umask(0)
 os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
 
 
 KINDS = {"prompt": str, "messages": list, "raw": str}       # of which a line of JSON has one
-SETTINGS = ("system", "tools", "functions", "temperature", "top_p", "max_tokens", "stop")  # and none of these
+SETTINGS = ("system", "tools", "functions", "temperature", "top_p", "seed", "stop", "max_tokens",
+            "max_new_tokens", "max_completion_tokens")      # and none of these
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -51,8 +52,9 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
         raise ValueError(f"{where}: not JSON: {error}; each line is an object of its own") from None
     kinds = [key for key in KINDS if key in record] if isinstance(record, dict) else []
     if len(kinds) != 1:
-        raise ValueError(f"{where}: needs a JSON object with one of 'prompt', 'messages' and 'raw'")
-    if unheard := [key for key in SETTINGS if key in record]:
+        raise ValueError(f"{where}: needs a JSON object with one of 'prompt', 'messages' and 'raw'; it "
+                         f"has {' and '.join(map(repr, kinds)) or 'none'}")
+    if unheard := [key for key in SETTINGS if record.get(key) not in (None, "", [])]:
         raise ValueError(f"{where}: {unheard[0]!r} would not be heeded: options hold for all lines, system "
                          f"text is one of the 'messages', and tools are not called")
     key, kind = kinds[0], KINDS[kinds[0]]
@@ -68,7 +70,8 @@ def as_messages(record: dict) -> list[dict]:
 def thinks(record: dict, chat: Chat) -> bool:
     """Whether the completion begins inside of reasoning."""
     if "raw" in record:
-        return record["raw"].rfind(THINK) > record["raw"].rfind(END_THINK)
+        begun = record["raw"].rpartition(ASSISTANT)[2]
+        return begun.rfind(THINK) > begun.rfind(END_THINK)
     return chat.thinks(chat.render(as_messages(record)))
 
 

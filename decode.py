@@ -106,8 +106,8 @@ def finish(model: Transformer, x: Tensor, draw: Callable, *chances: Tensor) -> t
 
 
 class Decoder:
-    """Steps of the first rows of a cache. A step's `draw` turns logits [n, vocab] and `chances`, tensors [n],
-    into tensors, without a look at their values; draws that are equal share a graph. What was drawn must be
+    """Steps of the first rows of its cache. A step's `draw` turns logits [n, vocab] and `chances` [n] into
+    tensors, without a look at their values; draws that are equal share a graph. What was drawn must be
     read before the next step, which uses its place again."""
 
     def __init__(self, model: Transformer):

@@ -209,8 +209,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Collect
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
     (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
-    With several ranks, all call this with the same arguments; rank 0 draws, the others follow. Its
-    `cancelled()`, asked with every forward pass, ends the call; all ranks give one or none does.
+    With several ranks, all call this with the same arguments; rank 0 draws, the others follow. Rank
+    0's `cancelled()`, asked with every forward pass, ends the call; all ranks give one or none does.
     """
     rt = model.rt
     check_lengths(prompts, max_new_tokens, rt)
@@ -490,6 +490,8 @@ def encode_prompts(args: argparse.Namespace, chat: Chat, records: list[dict]) ->
     for number, record in enumerate(records, 1):
         try:
             if "raw" in record:
+                if args.think_budget is not None and thinks(record, chat) and not chat.thinks(record["raw"]):
+                    raise ValueError("--think-budget counts no reasoning that a 'raw' prompt has begun")
                 prompts.append(chat.encode_raw(record["raw"]))
                 continue
             chat.check(messages := as_messages(record))
@@ -741,7 +743,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(error)
     if chat:
         fp8 = f" (FP8 weights: {rt.fp8})" * checkpoint.cfg.fp8
-        ends = ", ".join(map(str, sorted(job.stop_ids)))
+        ends = ", ".join(map(str, sorted(job.stop_ids))) or "none"
         print(f"{str(rt.dtype)[6:]}{fp8} on {rt.tp.size} x {rt.device.type}, up to {rt.max_seq_len} tokens a "
               f"sequence, chat format {chat.style!r}, end token {ends}, seed {job.sampling.seed}",
               file=sys.stderr)
@@ -799,13 +801,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        rank, text = os.environ.get("RANK", 0), str(error)[:200]
+        rank, text = os.environ.get("RANK", 0), (str(error) or repr(error))[:200]
         if memory.ran_out(error):
-            print(f"generate.py: error: rank {rank} ran out of memory: {text}; --batch-size, --max-seq-len "
-                  f"or --prefill-chunk can make it less{'; --resume goes on' * bool(args.output_file)}",
-                  file=sys.stderr)
+            hint = "; --resume goes on" * bool(args.output_file)
+            print(f"generate.py: error: rank {rank} ran out of memory: {text}; a smaller --batch-size or "
+                  f"--prefill-chunk takes less{hint}", file=sys.stderr)
             return 2
-        if not isinstance(error, dist.DistError) and "by peer" not in text:     # gloo has no type for it
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it
             raise
         print(f"generate.py: error: rank {rank} lost another rank: {text}", file=sys.stderr)
         return 1                        # torchrun's report names the one that died

@@ -313,7 +313,7 @@ class Screen:
             self.write(head[:columns] + last_columns(tail, columns - len(head)), dim=True)
 
     def close_reasoning(self, finished: bool = True) -> None:
-        """The tag stands only where the model has `finished`: others read it, too."""
+        """</think> is written only if the model has `finished`: what reads a pipe goes by it."""
         self.in_reasoning = False
         if self.full:
             tag = "</think>\n\n" if finished else ""

@@ -17,8 +17,8 @@ launches that call them. Kernels exist only where Triton is installed.
 
 What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
 also wkv_b, which absorbed attention uses in two parts, head by head.
-Dimensions, as a GEMM's, not model.py's: m tokens, n output features, k input features; nb = ceil(n / 128), kb = ceil(k / 128); e experts,
-s slots (a token at one of its experts), t tiles of slots.
+Dimensions, a GEMM's, not model.py's: m tokens, n output features, k input features; nb = ceil(n / 128),
+kb = ceil(k / 128); e experts, s slots (a token at one of its experts), t tiles of slots.
 """
 import functools
 import math

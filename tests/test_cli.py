@@ -122,11 +122,13 @@ def test_plain_text_has_a_prompt_a_line_and_goes_to_standard_output(folders, cap
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
 
 
-def test_a_raw_prompt_is_what_the_model_reads_with_one_bos_in_front(folders, tmp_path):
+def test_a_raw_prompt_is_what_the_model_reads_with_one_bos_in_front(folders, tmp_path, capsys):
     texts = ["<｜User｜>1 + 1?<｜Assistant｜><think>\nIt is",
-             f"{BOS}In <think> </think> tags. User: 1 + 1? Assistant: <think>"]
+             f"{BOS}In <think> </think> tags. User: 1 + 1? Assistant: <think>",
+             "<｜User｜>What is <think>?<｜Assistant｜>"]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"raw": text}) + "\n" for text in texts) + "\n\n")
-    args = ["--ckpt-path", folders / "hf", "--input-file", tmp_path / "p.jsonl", "--max-new-tokens", 4]
+    args = ["--ckpt-path", folders / "hf", "--input-file", tmp_path / "p.jsonl", "--max-new-tokens", 4,
+            "--temperature", 0]
     prompts, original = [], generate.generate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "generate", lambda model, given, *more: (
@@ -135,9 +137,11 @@ def test_a_raw_prompt_is_what_the_model_reads_with_one_bos_in_front(folders, tmp
     tokenizer = Tokenizer.from_file(str(folders / "hf/tokenizer.json"))
     for ids, text in zip(prompts, texts, strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=False) == BOS + text.removeprefix(BOS)
-    inside, opened = map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1])
-    assert [inside["raw"], opened["raw"]] == texts
-    assert inside["reasoning"] and opened["reasoning"] and not inside["answer"] + opened["answer"]
+    records = list(map(json.loads, (tmp_path / "out.jsonl").read_text().split("\n")[:-1]))
+    assert [record["raw"] for record in records] == texts
+    assert [bool(record["reasoning"]) for record in records] == [True, True, False]
+    assert [bool(record["answer"]) for record in records] == [False, False, True]
+    refused(capsys, folders, *args, "--think-budget", 9, word="line 1: --think-budget counts")
 
 
 def test_no_memory_while_tokens_come_is_one_line(folders, capsys, monkeypatch):
@@ -145,6 +149,9 @@ def test_no_memory_while_tokens_come_is_one_line(folders, capsys, monkeypatch):
     assert generate.main(["--ckpt-path", str(folders / "hf"), "--prompt", "1 + 1?"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("generate.py: error: rank 0 ran out of memory: ") and "--batch-size" in error
+    monkeypatch.setattr(generate, "load_model", lambda *_: generate.torch.empty(2 ** 60))
+    assert generate.main(["--ckpt-path", str(folders / "hf"), "--prompt", "1 + 1?"]) == 2
+    assert "allocate memory" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_convert_and_help_run_as_programs(folders, tmp_path):
@@ -282,7 +289,7 @@ PROMPT_FILES = {
     "no object": (b'{"prompt": "a"}\n["prompt"]\n', "line 2: needs a JSON object"),
     "neither field": (b'{"text": "a"}\n', "line 1: needs"),
     "both fields": (b'{"prompt": "a", "messages": []}', "line 1: needs"),
-    "a setting": (b'{"prompt": "a", "temperature": 0}', "line 1: 'temperature' would not be heeded"),
+    "a setting": (b'{"prompt": "a", "temperature": 0, "stop": null}', "line 1: 'temperature' would not be"),
     "empty prompt": (b'{"prompt": ""}\n', "line 1: 'prompt' is ''"),
     "blank prompt": (b'{"prompt": " "}\n', "line 1: 'prompt' is ' '"),
     "over several lines": (b'[\n{"prompt": "a"}\n]\n', "each line is an object of its own"),

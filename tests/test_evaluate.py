@@ -494,7 +494,7 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["export", "--task", "gpqa", "--data", "DATA"], "'Question' is None"),
        (["grade", "--task", "demo", "--completions", "missing.jsonl"], "missing.jsonl"),
        (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"],
-      "run.json: not made by this"),
+        "run.json: not made by this"),
        (["run", "--task", "demo", "--k", str(2 ** 31)], "less than 2 ** 31"),
        (["report", "NOWHERE"], "results.json"),
        (["report", "FOLDER"], "not made by this program")]
@@ -519,6 +519,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and word in error and error.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("place", ["load_model", "generate"])
+def test_no_memory_is_one_line(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, place, lambda *_, **__: evaluate.torch.empty(2 ** 60))
+    assert run("run", "--task", "demo", "--k", "2", "--limit", "1", "--out", tmp_path / "out") == 2
+    assert "allocate memory" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_refused_before_hashing_and_what_is_advised_fits(tmp_path, monkeypatch, capsys):
