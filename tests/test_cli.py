@@ -154,6 +154,16 @@ def test_no_memory_while_tokens_come_is_one_line(folders, capsys, monkeypatch):
     assert "allocate memory" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
+    code = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(ROOT)
+    exec(code, names := {})
+    assert capsys.readouterr().out.strip() == code.rpartition("# ")[2].strip() == names["answer"] != ""
+    first = names["logits"][0, -1, :names["chat"].tokenizer.n_tokens].argmax()
+    assert names["text"].startswith(names["chat"].tokenizer.decode([first]))
+    assert list(names["logits"].shape) == [1, len(names["prompt"]), names["model"].cfg.vocab_size]
+
+
 def test_convert_and_help_run_as_programs(folders, tmp_path):
     done = run("convert.py", "--hf-ckpt-path", folders / "hf", "--save-path", tmp_path / "out",
                "--model-parallel", 2, "--verify")
