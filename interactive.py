@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from unicodedata import east_asian_width
 
-from batch import write_file
+from batch import read_prompts, write_file
 from chat import BOXED, Chat, ReasoningParser, TextStream, file_prompt, search_prompt
 
 try:
@@ -104,6 +104,7 @@ COMMANDS = {
     "/search FILE.json": "put web pages in front of it: a list of texts, or of objects with 'content' and, "
                          "if you like, 'title' and 'url'",
     "/save FILE": "write the conversation as JSON, in the layout of --input-file",
+    "/load FILE": "go on with a conversation that was saved",
     "/exit": "leave"}
 
 
@@ -205,6 +206,8 @@ class Conversation:
                 self.attach_pages(path)
             case "/save":
                 self.save(path.resolve())
+            case "/load":
+                self.load(path.resolve())
 
     def save(self, path: Path) -> None:
         if not self.messages:
@@ -214,6 +217,16 @@ class Conversation:
         write_file(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         self.saved.add(path)
         print(f"({len(self.messages)} messages in {path})")
+
+    def load(self, path: Path) -> None:
+        first, *others = read_prompts(path)
+        messages = first.get("messages", [])
+        self.chat.check(messages)
+        if others or [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+            raise ValueError(f"{path}: not a single conversation that ends with a question and its answer")
+        self.messages, self.last, self.answered, self.replaced = messages, messages[-2]["content"], True, []
+        self.saved.add(path)
+        print(f"({len(messages)} messages from {path})")
 
     def attach_file(self, path: Path) -> None:
         try:

@@ -396,6 +396,28 @@ def test_a_saved_conversation_is_a_prompt_file_and_is_never_half_there(demo, tmp
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_saved_conversation_goes_on_where_it_was(demo, tmp_path, capsys):
+    old, path = Conversation(demo, 2048, boxed=False), tmp_path / "talk"
+    asked(old, "Hi")
+    old.add("so", "Ho")
+    asked(old, f"/save {path}")
+    new = Conversation(demo, 2048, boxed=False)
+    assert asked(new, f"/load {path}", "Bye") == "<｜User｜>Hi<｜Assistant｜>Ho<｜User｜>Bye<｜Assistant｜><think>\n"
+    new.add("", "Ade")
+    asked(new, f"/save {path}")                         # it holds what was there, and more
+    assert asked(new, "/clear", f"/load {path}", "/retry").endswith("Ho<｜User｜>Bye<｜Assistant｜><think>\n")
+    assert [message["content"] for message in new.messages] == ["Hi", "Ho", "Bye"]
+    capsys.readouterr()
+    talk = path.read_text()
+    for text, words in ((talk + talk, "not a single conversation"), ('{"prompt": "Hi"}', "not a single"),
+                        ('{"messages": [{"role": "user", "content": "Hi"}]}', "not a single conversation"),
+                        ('{"messages": [3]}', "messages[0].role"), ("{", "line 1: not JSON"),
+                        ("Hi", "not a single conversation")):
+        path.write_text(text)
+        assert asked(new, f"/load {path}") is None and words in capsys.readouterr().out
+    assert len(new.messages) == 3
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     args = " ".join(program("generate.py", "--prompt", "12", "--seed", 1))
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {args} | head -c 1"], capture_output=True)
