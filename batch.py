@@ -17,8 +17,6 @@ from chat import ASSISTANT, END_THINK, THINK, Chat, split_reasoning
 
 UMASK = os.umask(0)
 os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
-
-
 KINDS = {"prompt": str, "messages": list, "raw": str}       # of which a line of JSON has one
 SETTINGS = ("system", "tools", "functions", "temperature", "top_p", "seed", "stop", "max_tokens",
             "max_new_tokens", "max_completion_tokens")      # and none of these

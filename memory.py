@@ -42,9 +42,9 @@ class Plan:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether it says that there was no memory. Only some of those who say so have a type for it."""
+    """Whether it says that there was no memory: numpy has a type for that, PyTorch not everywhere."""
     told = "can't allocate memory" in str(error) or "out of memory" in str(error)
-    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return told or isinstance(error, MemoryError)
 
 
 declared = functools.cache(Transformer)         # R1 takes 0.1 s, and `largest` asks 30 times

@@ -185,17 +185,20 @@ def failing(work):
 
 def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     for settings in (dict(fp8="gemm"), dict(tp=Shard(0, 2)), dict(rows=9)):
-        with pytest.raises(ValueError, match="--compile on a CPU goes with 1 rank, a --batch-size up to 8, "):
+        told = "--compile on a CPU goes with 1 rank, a --batch-size up to 8, and "
+        with pytest.raises(ValueError, match=told):
             decode.check(Runtime(compile=True, **settings))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpu = Runtime(torch.device("cuda"), compile=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ValueError, match="8.0 or more \\(7.0 in float32\\), .*; here are capability 7.5 "):
+    told = "8.0 or more \\(7.0 in float32\\), .*; here are capability 7.5 and "
+    with pytest.raises(ValueError, match=told):
         decode.check(gpu)
     assert decode.check(replace(gpu, dtype=torch.float32)).compile
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for settings, triton, path in ((dict(), None, "torch"), (dict(fp8="gemm"), kernel, "torch")):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match="--compile on a GPU needs Trit"):
+        told = "--compile on a GPU needs Triton, "
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=told):
             patch.setattr(kernel, "triton", triton)
             patch.setattr(kernel, "path", lambda device: path)
             decode.check(replace(gpu, **settings))

@@ -175,7 +175,6 @@ class Never(Counting):
         return logits.where(torch.arange(logits.shape[-1]) < 250, -torch.inf)
 
 
-@pytest.mark.parametrize("both", [tiny.qwen2], indirect=True, ids=["dense"])
 def test_a_think_budget_closes_the_reasoning_and_nothing_else(both):
     prompts = [[*prompt, 254, 10] for prompt in PROMPTS]            # each has opened its reasoning
     sampling = Sampling(1.0, 1.0, 2)
@@ -231,7 +230,6 @@ def test_a_loop_is_noticed_after_four_rounds_and_256_tokens(period, first):
     assert not any(varied.feed(round_[n % period] if n % often else -n) for n in range(6000))
 
 
-@pytest.mark.parametrize("both", [tiny.qwen2], indirect=True, ids=["dense"])
 def test_a_completion_in_a_loop_ends_if_asked_to(both):
     class Stuck(Counting):
         def __call__(self, tokens, cache, last=None):
