@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat import ASSISTANT, END_THINK, THINK, Chat, split_reasoning
+from convert import writing
 
 UMASK = os.umask(0)
 os.umask(UMASK)                     # what files of this process get; it can only be read by setting it
@@ -89,7 +90,7 @@ class Results:
         self.out = out = out.resolve() if out and out.is_symlink() else out     # the file that a link means
         self.records, self.part = {}, out and out.with_name(out.name + ".part")
         part = self.part
-        self.settings = settings
+        self.settings, self.resume = settings, resume
         if part is None or not part.exists():
             if resume and out.exists():
                 raise ValueError(f"{out}: complete; there is nothing to resume")
@@ -104,7 +105,8 @@ class Results:
                 if number == 1:
                     self._compare(record)
                 else:
-                    self.records[record["index"], record["sample"]] = record
+                    *pair, _, _ = [record[key] for key in ("index", "sample", "text", "finish_reason")]
+                    self.records[tuple(pair)] = record
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError(f"{part}, line {number}: not made by this program, or damaged; "
                              f"{'move the file away' if number == 1 else 'remove the line'}") from None
@@ -121,8 +123,11 @@ class Results:
                 raise ValueError(f"{self.part}: {change}; --resume needs the same settings, or remove it")
 
     def open(self) -> None:
-        """Start the file of parts, or cut off what an interrupted line left of it."""
+        """Start the file of parts, or cut off what an interrupted line left of it. OSError: another run has
+        started it meanwhile."""
         if self.part:
+            if not self.resume and self.part.exists():
+                raise FileExistsError(f"{self.part}: another run has begun to write it")
             lines = [json.dumps(self.settings),
                      *(json.dumps(record, ensure_ascii=False) for record in self.records.values())]
             write_file(self.part, "\n".join(lines) + "\n")
@@ -130,7 +135,7 @@ class Results:
     def add(self, record: dict) -> None:
         self.records[record["index"], record["sample"]] = record
         if self.part:
-            with open(self.part, "a", encoding="utf-8") as file:
+            with writing(self.part), open(self.part, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
@@ -140,23 +145,21 @@ class Results:
             print("\n".join(lines))
         else:
             write_file(self.out, "\n".join(lines) + "\n")
-            self.part.unlink()
+            self.part.unlink(missing_ok=True)
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
-    try:
+    with writing(path):
         new = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        with new:
-            new.write(text)
-        os.chmod(new.name, 0o666 & ~UMASK)      # such files are made for their owner alone
-        os.replace(new.name, path)
-    except BaseException:
-        os.unlink(new.name)
-        raise
+        try:
+            with new:
+                new.write(text)
+            os.chmod(new.name, 0o666 & ~UMASK)      # such files are made for their owner alone
+            os.replace(new.name, path)
+        except BaseException:
+            os.unlink(new.name)
+            raise
 
 
 def run_batch(events: Iterator, total: int, chat: Chat | None, records: list[dict],

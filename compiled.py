@@ -128,10 +128,11 @@ def build(part: Part, path: Path) -> None:
                       for i in range(len(tensors)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=path.parent)
     except OSError as error:
         raise OSError(f"--compile keeps its results in {path.parent}, which cannot be written; the variable "
                       f"XDG_CACHE_HOME can name another place: {error}") from None
-    with (tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.inference_mode(False),
+    with (scratch as folder, torch.inference_mode(False),
           torch.no_grad(), warnings.catch_warnings(action="ignore")):       # PyTorch's, about PyTorch
         examples = tuple(map(torch.empty_like, tensors))            # only their shapes matter
         program = torch.export.export(part, examples, dynamic_shapes={"tensors": open_axes})
@@ -161,4 +162,4 @@ def load(path: Path) -> Callable:
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be loaded; remove it, and --compile makes it anew: "
                       f"{str(error).splitlines()[0]} (or is the folder for temporary files missing or full, "
-                      f"{tempfile.gettempdir()}?)") from None
+                      f"{os.environ.get('TMPDIR', '/tmp')}?)") from None

@@ -20,7 +20,8 @@ import shutil
 import struct
 import sys
 from bisect import bisect_right
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -292,7 +293,7 @@ class Checkpoint:
         it is cut short or no safetensors file."""
         if file not in self._headers:
             try:
-                with safe_open(file, "pt"), open(file, "rb") as f:      # the first checks for the second
+                with open(file, "rb") as f, safe_open(file, "pt"):      # the second checks for the first
                     length = int.from_bytes(f.read(8), "little")
                     head = json.loads(f.read(length))
             except (SafetensorError, OSError) as error:
@@ -524,8 +525,8 @@ def _check_disk(out: Path, files: list["RankFile"]) -> None:
     there = sum(file.ends[file.n_complete(file.part)] for file in files if file.part.exists())
     missing, free = sum(file.ends[-1] for file in files) - there, shutil.disk_usage(out).free
     if missing > free:
-        raise OSError(f"{out}: {missing / 1e9:.2f} GB are still to be written, and its disk has "
-                      f"{free / 1e9:.2f} GB free")
+        raise OSError(f"{out}: {missing / 1e9:.3g} GB are still to be written, and its disk has "
+                      f"{free / 1e9:.3g} GB free")
 
 
 def _check_ranks(cfg: Config, ranks: int) -> None:
@@ -596,10 +597,13 @@ def write_ranks(checkpoint: Checkpoint, files: list[RankFile]) -> None:
         for entries in zip(*(file.plan[done:] for file in files)):
             for e in range(len(entries[0].keys)):
                 for file, handle, entry in zip(files, handles, entries):
-                    bar.update(handle.write(as_bytes(checkpoint.part(entry, e, file.tp)).numpy()))
-        for handle in handles:
-            handle.flush()
-            os.fsync(handle.fileno())
+                    data = as_bytes(checkpoint.part(entry, e, file.tp)).numpy()
+                    with writing(file.part):
+                        bar.update(handle.write(data))
+        for file, handle in zip(files, handles):
+            with writing(file.part):
+                handle.flush()
+                os.fsync(handle.fileno())
     for file in files:
         os.replace(file.part, file.path)
 
@@ -642,8 +646,24 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
     return sum(len(entry.keys) for entry in plan)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors name the file: that the disk is full, Python says of none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 class Parser(argparse.ArgumentParser):
-    """A wrong argument is one line, not the whole usage; --help has that."""
+    """A wrong argument is one line, not the whole usage; --help has that. With it a program begins: streams
+    that were closed are empty from here on."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for name in ("stdin", "stdout", "stderr"):      # None: closed by whoever started us
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
 
     def error(self, message: str):
         first = int(os.environ.get("RANK", 0)) == 0         # of several ranks one says it

@@ -80,7 +80,7 @@ def fuse(function: Callable, tune: bool, ranks: int) -> Callable:
                "coordinate_descent_tuning": tune and ranks == 1, "deterministic": ranks > 1}
     for fact in (kernel.device_kind, kernel.n_processors):      # the compiler cannot look into these
         torch.compiler.assume_constant_result(fact)
-    known = torch._inductor.list_options()              # 2.9 lacks two
+    known = torch._inductor.list_options()              # 2.10 lacks one
     torch._dynamo.config.recompile_limit = 64           # kinds of layers, times sizes of batches
     return torch.compile(function, options={name: value for name, value in options.items() if name in known})
 

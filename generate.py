@@ -22,10 +22,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -388,6 +390,9 @@ class Ranks:
             place = torch.device("cpu")
         else:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if place.index >= (there := torch.cuda.device_count()):
+                raise ValueError(f"rank {rank} is the {place.index + 1}th of its machine, which has {there} "
+                                 f"GPUs; give torchrun --nproc-per-node {there}")
             torch.cuda.set_device(place)
         if size == 1:
             return cls(Shard(), place)
@@ -790,9 +795,6 @@ def fail(error: Exception) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for name in ("stdin", "stdout", "stderr"):      # None: closed by whoever started us
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     args = parse_args(argv)
     try:
         return run(args)
@@ -801,20 +803,39 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        rank, text = os.environ.get("RANK", 0), (str(error) or repr(error))[:200]
-        if memory.ran_out(error):
-            hint = "; --resume goes on" * bool(args.output_file)
-            print(f"generate.py: error: rank {rank} ran out of memory: {text}; a smaller --batch-size or "
-                  f"--prefill-chunk takes less{hint}", file=sys.stderr)
-            return 2
-        if not isinstance(error, dist.DistError) and "by peer" not in str(error):   # gloo has no type for it
+        if not memory.ran_out(error):
             raise
-        print(f"generate.py: error: rank {rank} lost another rank: {text}", file=sys.stderr)
-        return 1                        # torchrun's report names the one that died
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()        # a process that exits with gloo's threads running is aborted
+        hint = "; --resume goes on" * bool(args.output_file)
+        print(f"generate.py: error: rank {os.environ.get('RANK', 0)} ran out of memory: "
+              f"{(str(error) or repr(error))[:200]}; a smaller --batch-size or --prefill-chunk takes "
+              f"less{hint}", file=sys.stderr)
+        return 2
+
+
+def end(program: Callable[[], int]) -> NoReturn:
+    """Run a program, and exit with its code. Ranks that end together close what joins them, lest gloo's
+    threads abort the process. One that fails alone must not: NCCL would wait for others that wait for it,
+    and torchrun would not see it die."""
+    try:
+        code = program()
+    except Exception as error:
+        gone = isinstance(error, dist.DistError) or "by peer" in str(error)     # gloo has no type for it
+        if gone and dist.is_initialized():
+            print(f"{Path(sys.argv[0]).name}: error: rank {os.environ.get('RANK')} lost another rank: "
+                  f"{str(error)[:200]}", file=sys.stderr)
+            time.sleep(5)       # torchrun, whose report names whom it saw die first, ends this one meanwhile
+        else:
+            sys.excepthook(*sys.exc_info())
+        code = 1
+    if dist.is_initialized() and code:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -39,6 +39,7 @@ import kernel  # noqa: E402
 import memory  # noqa: E402
 from compiled import compiler  # noqa: E402
 from convert import Checkpoint, Parser, load_config, load_model  # noqa: E402
+from decode import precompile  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from model import Config, Linear, Runtime, Transformer  # noqa: E402
 
@@ -57,10 +58,13 @@ class Ours:
         self.rt = Runtime(device, torch.bfloat16, compile=compile, fp8=kernel.default_mode(device))
         if isinstance(source, Config):
             self.model = random_model(replace(source, fp8=source.fp8 or fp8), replace(self.rt, compile=False))
-            return
-        self.model = load_model(Checkpoint(source), self.rt)
-        if fp8:
-            quantise(self.model)
+        else:
+            self.model = load_model(Checkpoint(source), self.rt)
+            if fp8:
+                quantise(self.model)
+        if compile and device.type == "cuda":       # many rows before one, as generate.py has it
+            self.model.rt = replace(self.rt, rows=max(rows for _, rows in DECODE))
+            precompile(self.model)
 
     def run(self, n: int, rows: int, new: int) -> float:
         """Seconds of `new` steps of all rows; with new = 0, of reading n tokens."""

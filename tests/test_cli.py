@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import convert
 import generate
+from batch import Results
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,11 +211,15 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
         code, error = main(out, "--resume")
         assert code == 2 and "part, line 1: not made by this program" in error
     head, first, *rest = half.split(b"\n")
-    for junk in (b"{}", b"7", first[:-2], b"\xff"):
+    for junk in (b"{}", b"7", first[:-2], b"\xff", b'{"index": 2, "sample": 4}'):
         part.write_bytes(b"\n".join([head, first, junk, *rest]))
         code, error = main(out, "--resume")
         assert code == 2 and "part, line 3: " in error and "remove the line" in error
     part.write_bytes(half)
+    late = Results(tmp_path / "late.jsonl", {}, resume=False)     # while it loads, another run begins
+    Results(tmp_path / "late.jsonl", {}, resume=False).open()
+    with pytest.raises(OSError, match="late.jsonl.part: another run has begun to write it"):
+        late.open()
     code, error = main(out, "--resume", "--boxed")
     assert code == 2 and "made with other prompts: another --input-file, --boxed" in error
 

@@ -14,7 +14,8 @@ import attention
 import decode
 import kernel
 from decode import Decoder
-from generate import Sampling, generate
+from generate import Draw, Sampling, generate
+from model import Shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
@@ -188,6 +189,20 @@ def test_fused_steps_give_the_logits_of_eager_ones(paths, family, tolerance, set
         decoder.cache.lengths -= 1
         expected, = decoder.eager(rows, 512, look)
         assert (logits - expected.cpu()).norm() <= tolerance * expected.norm()
+
+
+@triton_only
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_compiled_draw_from_a_large_vocabulary_is_the_eager_one(rows):
+    """TorchInductor sums up 150,000 probabilities in another way than the few of the models above."""
+    draw, logits = Draw(Sampling(0.6, 0.95, 0), None, Shard()), 3 * noise(rows, 151_936).to(GPU)
+    forced = torch.full((rows,), -1, device=GPU)
+    for uniform in torch.linspace(0, 0.999, 20, dtype=torch.float64, device=GPU):
+        chances = uniform.expand(rows).contiguous(), forced
+        tokens, logprobs = decode.fuse(Draw.__call__, False, 1)(draw, logits, *chances)
+        expected, likelihoods = draw(logits, *chances)
+        assert torch.equal(tokens, expected)
+        torch.testing.assert_close(logprobs, likelihoods, rtol=1e-5, atol=1e-5)
 
 
 @fp8_only

@@ -29,7 +29,7 @@ sys.path.insert(0, {root!r})
 import generate
 rank = int(os.environ["RANK"])
 {change}
-sys.exit(generate.main(sys.argv[1:]))
+generate.end(generate.main)
 """
 
 
@@ -99,6 +99,14 @@ def test_ranks_introduce_themselves_and_a_shard_that_one_of_them_lacks_is_named(
     assert f"generate.py: error: rank 1: {tmp_path}/1/model1-mp2.safetensors: no such file" in done.stderr
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(generate.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(generate.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="has 1 GPUs; give torchrun --nproc-per-node 1"):
+        generate.Ranks.start("auto")
+
+
 # Two machines
 
 
@@ -159,7 +167,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(when, victim):
 
 
 def test_an_exception_on_one_rank_ends_the_job_with_its_text(tmp_path):
-    change = "if rank == 1: generate.Transformer.forward = lambda *_, **__: 1 / 0"
+    # As NCCL does, the rank's farewell would wait for the other one, which waits for it.
+    change = ("if rank == 1: generate.Transformer.forward = lambda *_, **__: 1 / 0; "
+              "generate.dist.destroy_process_group = lambda: time.sleep(1000)")
     done = run(launch(tmp_path, change, "--prompt", QUESTION))
     assert done.returncode == 1 and "[rank1]: ZeroDivisionError: division by zero" in done.stderr
     assert "[rank0]" not in done.stderr

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 FIRST = int(os.environ.get("RANK", 0)) == 0     # of torchrun's ranks: the one that reads, writes and speaks
@@ -44,7 +43,7 @@ import memory  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
 from chat import Chat, Tokenizer  # noqa: E402
 from convert import COMPANIONS, Checkpoint, Parser, load_model, read_json  # noqa: E402
-from generate import Ranks, Sampling, generate, precision  # noqa: E402
+from generate import Ranks, Sampling, end, generate, precision  # noqa: E402
 from model import Runtime, Transformer  # noqa: E402
 from tasks import (PROMPTS, TASKS, Protocol, Question, read_gradable, read_jsonl, read_protocol,  # noqa: E402
                    sha256)
@@ -537,10 +536,7 @@ def main(argv: list[str] | None = None) -> int:
         if FIRST:
             print("\ninterrupted; --resume goes on from what is done", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)
