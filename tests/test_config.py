@@ -202,6 +202,8 @@ def test_a_dense_checkpoint_with_a_sliding_window_is_refused():
     (lambda d: d.update(fp8=1), "key 'fp8' is 1; it must be bool"),
     (lambda d: d["moe"].update(n_expert_groups=0), "key 'moe.n_expert_groups' is 0; it must be a positive"),
     (lambda d: d["moe"].update(n_shared_experts=-1), "moe.n_shared_experts"),
+    (lambda d: d["moe"].update(n_limited_groups=9), "n_limited_groups 9 be at most n_expert_groups"),
+    (lambda d: d["moe"].update(n_activated_experts=129), "between 1 and the 128 experts of 4 groups"),
     (lambda d: d["mla"].update(kv_lora_rank=-64), "mla.kv_lora_rank"),
     (lambda d: d["rope"].update(beta_fast=0), "rope.beta_fast"),
     (lambda d: d["rope"].update(theta=1.0), "rope.theta is 1.0"),

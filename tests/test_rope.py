@@ -60,6 +60,7 @@ def test_llama3_scaling_keeps_short_waves_slows_long_ones_and_blends_between():
 
 @pytest.mark.parametrize("more", [{"mscale": 0.707, "mscale_all_dim": 0.707}, {"mscale_all_dim": 0.707}, {},
                                   {"mscale_all_dim": None}, {"mscale": None, "mscale_all_dim": None},
+                                  {"mscale": 0.707, "mscale_all_dim": None},
                                   {"beta_fast": 1, "beta_slow": 32}, {"original_max_position_embeddings": 1}])
 def test_frequencies_and_factor_equal_huggingface(more):
     scaling = {**tiny.YARN, **more}
