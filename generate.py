@@ -391,7 +391,7 @@ class Ranks:
         else:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             if place.index >= (there := torch.cuda.device_count()):
-                raise ValueError(f"rank {rank} is the {place.index + 1}th of its machine, which has {there} "
+                raise ValueError(f"rank {rank} is number {place.index + 1} of its machine, which has {there} "
                                  f"GPUs; give torchrun --nproc-per-node {there}")
             torch.cuda.set_device(place)
         if size == 1:

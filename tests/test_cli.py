@@ -370,7 +370,7 @@ def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_pat
     replace = os.replace
     monkeypatch.setattr(generate.os, "replace", full_disk)
     assert generate.main([*args, "--output-file", str(out)]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"{out}: cannot be written: No space left on device" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out.jsonl.part", prompts]     # --resume goes on with it
 
 

@@ -147,6 +147,10 @@ def unfinish(out: Path, suffix: str) -> None:
     (out / convert.MANIFEST).unlink()
 
 
+def full(handle: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_disk_without_room_is_named_before_anything_is_written(llamas, tmp_path, monkeypatch, capsys):
     tight = SimpleNamespace(free=1000)
     with monkeypatch.context() as patch:
@@ -155,6 +159,10 @@ def test_a_disk_without_room_is_named_before_anything_is_written(llamas, tmp_pat
         error = capsys.readouterr().err
         assert f"{tmp_path / 'out'}: " in error and "GB are still to be written" in error
         assert not list((tmp_path / "out").iterdir())
+    with monkeypatch.context() as patch:                        # one that fills up meanwhile
+        patch.setattr(convert.os, "fsync", full)
+        assert run(llamas[0], tmp_path / "out", 2) == 2
+        assert ".safetensors.part: cannot be written: No space left on device" in capsys.readouterr().err
     assert run(llamas[0], tmp_path / "out", 2) == 0
 
 
