@@ -96,7 +96,8 @@ class Results:
                 raise ValueError(f"{out}: complete; there is nothing to resume")
             return
         if not resume:
-            raise ValueError(f"{part}: left by an interrupted run; --resume goes on with it, or remove it")
+            raise ValueError(f"{part}: another run writes it, or was interrupted; if so, --resume goes on with it, "
+                             f"or remove it")
         whole = part.read_bytes().rpartition(b"\n")[0]           # without a line that was cut short
         number = 1
         try:
@@ -105,8 +106,8 @@ class Results:
                 if number == 1:
                     self._compare(record)
                 else:
-                    *pair, _, _ = [record[key] for key in ("index", "sample", "text", "finish_reason")]
-                    self.records[tuple(pair)] = record
+                    i, sample, _, _ = (record[key] for key in ("index", "sample", "text", "finish_reason"))
+                    self.records[i, sample] = record
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError(f"{part}, line {number}: not made by this program, or damaged; "
                              f"{'move the file away' if number == 1 else 'remove the line'}") from None
