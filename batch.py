@@ -96,8 +96,8 @@ class Results:
                 raise ValueError(f"{out}: complete; there is nothing to resume")
             return
         if not resume:
-            raise ValueError(f"{part}: another run writes it, or was interrupted; if so, --resume goes on with it, "
-                             f"or remove it")
+            raise ValueError(f"{part}: another run writes it, or was interrupted; then --resume goes on "
+                             f"with it, or remove it")
         whole = part.read_bytes().rpartition(b"\n")[0]           # without a line that was cut short
         number = 1
         try:
