@@ -15,7 +15,8 @@ demo: $(RUNTIME)  ## install, then talk to the small model in demo/
 install: $(INSTALLED)  ## create .venv and install what running and testing need
 
 $(RUNTIME): requirements.txt constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@
 

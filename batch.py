@@ -136,7 +136,7 @@ class Results:
     def add(self, record: dict) -> None:
         self.records[record["index"], record["sample"]] = record
         if self.part:
-            with writing(self.part), open(self.part, "a", encoding="utf-8") as file:
+            with writing(self.part), open(self.part, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
@@ -152,7 +152,7 @@ class Results:
 def write_file(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
     with writing(path):
-        new = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False)
+        new = tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, delete=False)
         try:
             with new:
                 new.write(text)

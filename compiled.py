@@ -109,7 +109,7 @@ def path_of(part: Part, model: Transformer) -> Path:
 
 
 def compiler() -> str:
-    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 
 
 @functools.cache
@@ -162,4 +162,4 @@ def load(path: Path) -> Callable:
     except RuntimeError as error:
         raise OSError(f"{path}: cannot be loaded; remove it, and --compile makes it anew: "
                       f"{str(error).splitlines()[0]} (or is the folder for temporary files missing or full, "
-                      f"{os.environ.get('TMPDIR', '/tmp')}?)") from None
+                      f"{tempfile.gettempdir()}?)") from None

@@ -432,7 +432,7 @@ class Ranks:
         return values
 
 
-def meet(rank: int, size: int) -> dist.Store:
+def meet(rank: int, size: int) -> "dist.Store":
     """The store, once all ranks have signed in. ValueError names those that have not, PATIENCE later."""
     if unset := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {size} in the environment, but {unset[0]} is not set; start ranks "
@@ -456,6 +456,11 @@ def meet(rank: int, size: int) -> dist.Store:
     raise ValueError(f"rank {', '.join(map(str, missing))} of {size} did not arrive within "
                      f"{PATIENCE.total_seconds():g} s; there are: "
                      f"{', '.join(f'{other} on {there[other]}' for other in there)}")
+
+
+def joined() -> bool:
+    """Whether this process is one of several ranks, of which some builds of PyTorch know nothing."""
+    return dist.is_available() and dist.is_initialized()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -788,7 +793,7 @@ def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation 
 
 
 def fail(error: Exception) -> int:
-    alone = not dist.is_initialized()                   # else all ranks know of it, and one says it
+    alone = not joined()                    # else all ranks know of it, and one says it
     if alone or int(os.environ.get("RANK", 0)) == 0:
         print(f"generate.py: error: {error}", file=sys.stderr)
     return 2
@@ -820,19 +825,19 @@ def end(program: Callable[[], int]) -> NoReturn:
         code = program()
     except Exception as error:
         gone = isinstance(error, dist.DistError) or "by peer" in str(error)     # gloo has no type for it
-        if gone and dist.is_initialized():
+        if gone and joined():
             print(f"{Path(sys.argv[0]).name}: error: rank {os.environ.get('RANK')} lost another rank: "
                   f"{str(error)[:200]}", file=sys.stderr)
             time.sleep(5)       # torchrun, whose report names whom it saw die first, ends this one meanwhile
         else:
             sys.excepthook(*sys.exc_info())
         code = 1
-    if dist.is_initialized() and code:
+    if joined() and code:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-    if dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
     sys.exit(code)
 

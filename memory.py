@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import platform
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,16 +149,19 @@ def largest(rt: Runtime, cfg: Config, room: int) -> tuple[int, int]:
 
 
 def free(device: torch.device, root: Path = Path("/")) -> float:
-    """Bytes that this rank may still take; infinite where the system does not say (no Linux, no GPU).
+    """Bytes that this rank may still take; infinite where the system does not say.
 
     On CPUs what Linux calls available, or what the container's limit (cgroup v2 or v1) leaves if that is
-    less; the ranks of one machine share it. Pages of files do not count as taken: they are given back.
+    less; all there is on macOS; the ranks of one machine share it. Pages of files do not count as taken:
+    they are given back.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     groups, room = root / "sys/fs/cgroup", math.inf
     if (info := root / "proc/meminfo").exists():
         room = 1024 * numbers(info)["MemAvailable:"]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder, limit, used in ((groups, "memory.max", "memory.current"),
                                 (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         if (folder / limit).exists() and (text := (folder / limit).read_text()).strip() != "max":
@@ -174,7 +178,8 @@ def keep_freed() -> None:
     find and to zero: about a quarter of a prompt's time. The settings are those of `man mallopt`; if the
     environment has any (MALLOC_TRIM_THRESHOLD_ and the like), they stay.
     """
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    if glibc and not any(name.startswith("MALLOC_") for name in os.environ):
         m_trim_threshold, m_mmap_threshold, libc = -1, -3, ctypes.CDLL(None)
         libc.mallopt(m_mmap_threshold, 2 ** 25)                 # larger blocks than this cannot be kept
         libc.mallopt(m_trim_threshold, 2 ** 30)

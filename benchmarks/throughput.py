@@ -9,7 +9,7 @@ forward passes; rows have prompts of their own, so that they choose experts of t
 (of a GPU: copying, bytes read and written) and GEMM peak are measured in the same rounds: what a step must
 read, over the first, and what a prompt must multiply, over the second, are the limits. Load time (without
 imports) and peak memory are those of fresh processes that load from the file cache and take a step on a CPU;
-on a GPU neither is measured, and random weights are made where they stay.
+on a GPU, and without Linux, neither is measured, and random weights are made where they stay.
 """
 import argparse
 import functools
@@ -46,6 +46,7 @@ from model import Config, Linear, Runtime, Transformer  # noqa: E402
 PROMPTS = (512, 2000)                       # tokens of prefill
 DECODE = ((128, 1), (2000, 1), (128, 8), (2000, 8), (8000, 1))      # tokens of context, rows
 IDS = range(5, 250)                         # of which prompts are made
+STATUS = Path("/proc/self/status")          # where Linux says what memory a process takes
 LONG = 8000                                 # context for "ours compiled" alone: others would take minutes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def load_only(engine: str, folder: Path, device: str) -> None:
 
 
 def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
@@ -339,7 +340,7 @@ def measure(source: Path | Config, names: list[str], rounds: int, new: int, long
     """All that the report is made from; times in seconds, medians over the rounds."""
     cfg, loads = source if isinstance(source, Config) else Checkpoint(source).cfg, defaultdict(list)
     engines = {name: ENGINES[name](source, device) for name in names}       # llama.cpp's file is made here
-    for name in names * min(rounds, 3) if device == "cpu" else ():
+    for name in names * min(rounds, 3) if device == "cpu" and STATUS.exists() else ():
         loads[name].append(load_once(name, source, device))
     tasks = [(n, 1, 0) for n in PROMPTS] + [(n, rows, new) for n, rows in DECODE]
     tasks = [task for task in tasks if task[0] <= longest]

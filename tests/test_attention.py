@@ -168,6 +168,7 @@ def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
     assert Cache.allocate(cfg, Runtime(max_seq_len=2)).bytes_per_token() == n_bytes
 
 
+@tiny.PROC
 def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
     cfg = load_config(ROOT / "configs/distill_llama_70b.json")
     before = resident()
@@ -177,10 +178,7 @@ def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
 
 
 def resident() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs Linux' /proc to measure resident memory")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 

@@ -62,6 +62,7 @@ def test_goals_are_judged_by_their_worst_case():
     assert "0.70 at worst" in one and "reached" in one and "4.00 at worst" in loop and "missed" in loop
 
 
+@tiny.PROC
 @pytest.mark.parametrize("config", [tiny.qwen2, tiny.deepseek])
 def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_and_plot(config, tmp_path,
                                                                                       monkeypatch, capsys):
@@ -84,6 +85,7 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
     for row in facts["rows"]:
         done = 16 if row["task"] == "prefill" else 3 * row["rows"]
         assert row["rate"] == pytest.approx(done / row["runs"][0]) and row["of_limit"] > 0
+    assert set(facts["loads"]) == {"ours", "transformers"}
     assert all(load["seconds"] > 0 and load["bytes"] > 0 for load in facts["loads"].values())
     gates = 2 * 2 * 16 * 256 * (config is tiny.deepseek)        # of 2 layers, which stay in fp32
     assert facts["loads"]["ours"]["held"] == facts["weights"] + gates
@@ -96,6 +98,11 @@ def test_the_throughput_benchmark_measures_all_tasks_and_writes_table_numbers_an
     assert throughput.main(args) == 2 and "is there already" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(throughput, "STATUS", tmp_path / "missing")             # as on macOS
+    assert throughput.main([*args, "--name", "mac", "--who", "ours", "--rounds", "1", "--new-tokens", "1",
+                            "--longest", "16"]) == 0
+    facts = json.loads((tmp_path / "out/mac.json").read_text())
+    assert len(facts["rows"]) == 3 and facts["loads"] == {}
 
 
 @pytest.mark.parametrize("config", ["qwen_0.5b", "moe_0.5b"])

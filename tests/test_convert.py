@@ -68,6 +68,7 @@ def peak_memory(*args) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
+@tiny.PROC
 @pytest.mark.parametrize("ranks, more", [(1, []), (4, []), (4, ["--dtype", "bf16"]), (4, ["--verify"])])
 def test_memory_stays_under_the_largest_tensor_and_a_fixed_allowance(ranks, more, large, tmp_path):
     total, largest = 0, 0

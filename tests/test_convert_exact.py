@@ -133,6 +133,7 @@ def mappings(file: Path) -> list[tuple[int, int]]:
     return [(int(low, 16), int(high, 16)) for low, high in ranges]
 
 
+@tiny.PROC
 @pytest.mark.parametrize("name, dtype", [("r1", torch.float32), ("r1 fp8", torch.bfloat16),
                                          ("qwen2", torch.float32)])
 def test_tensors_that_need_no_cast_cut_or_copy_stay_mapped_files(name, dtype, tmp_path):
@@ -151,6 +152,7 @@ def test_tensors_that_need_no_cast_cut_or_copy_stay_mapped_files(name, dtype, tm
         assert checkpoint.mapped_bytes(rt) == (0 if "fp8" in name else total)
 
 
+@tiny.PROC
 def test_what_ranks_cut_by_columns_or_cast_does_not_stay_a_mapped_file(tmp_path):
     source = write(tmp_path / "hf", "qwen2")
     for rt in (Runtime(dtype=torch.float32, tp=Shard(1, 2)), Runtime(dtype=torch.bfloat16)):

@@ -151,12 +151,11 @@ for sizes in [(1000, 256), (2000, 256), (4000, 256), (2000, 4000), (4000, 4000)]
 """
 
 
+@tiny.PROC
 @pytest.mark.parametrize("config", [tiny.qwen2(num_hidden_layers=2, num_attention_heads=12, hidden_size=192),
                                     tiny.deepseek(num_hidden_layers=2, max_position_embeddings=8192)],
                          ids=["dense", "mla"])
 def test_memory_is_linear_in_the_prompt_in_chunks_and_several_times_as_much_without(config, tmp_path):
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs Linux' /proc to measure resident memory")
     tiny.write(tmp_path, config)
     script = MEASURE.format(root=str(ROOT), path=str(tmp_path))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed is given back
@@ -289,6 +288,10 @@ def test_free_memory_is_the_systems_or_the_containers_shared_by_its_ranks(groups
     assert memory.free(cpu, tmp_path) == expected * 2 ** 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert memory.free(cpu, tmp_path) == expected * 2 ** 20 / 3
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 5, "SC_PAGE_SIZE": 16_384}.get)
+    assert memory.free(cpu, tmp_path / "elsewhere") == 5 * 16_384   # macOS: all there is
+    monkeypatch.delattr(os, "sysconf")
     assert memory.free(cpu, tmp_path / "elsewhere") > 2 ** 60       # unknown: nothing is refused
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 10))
     assert memory.free(torch.device("cuda", 0), tmp_path) == 5

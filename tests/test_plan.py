@@ -81,6 +81,7 @@ LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_r
                        max_position_embeddings=8192)
 
 
+@tiny.PROC
 @pytest.mark.parametrize("config, chunk, dtype", [
     (DENSE, 1024, torch.float32), (LATENT, 2048, torch.bfloat16), (LATENT, 128, torch.float32),
     (LATENT, 128, torch.bfloat16)], ids=["dense", "expanded bf16 in one chunk", "absorbed", "absorbed bf16"])

@@ -49,6 +49,19 @@ def run(command: list[str], **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
+def test_one_rank_needs_no_torch_distributed(monkeypatch, capsys):
+    # as in AMD's builds for Windows
+    monkeypatch.setattr(generate.dist, "is_available", lambda: False)
+    for name in ("is_initialized", "Store", "init_process_group", "destroy_process_group"):
+        monkeypatch.delattr(generate.dist, name)
+    assert generate.main(["--prompt", QUESTION, "--temperature", "0", "--device", "cpu"]) == 0
+    assert r"\boxed{534}" in capsys.readouterr().out
+    assert generate.main(["--prompt", QUESTION, "--max-seq-len", "3"]) == 2
+    assert capsys.readouterr().err.startswith("generate.py: error: ")
+    with pytest.raises(SystemExit, match="^3$"):
+        generate.end(lambda: 3)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ tensor gets a useful scale here, and original context lengths are short, so that
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel, Qwen2Config
@@ -20,6 +21,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=64)
 FP8_MODULES = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
                "gate_proj", "up_proj", "down_proj")
+PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                          reason="needs Linux' /proc, which says what memory a process takes")
 
 
 def deepseek(**changes) -> DeepseekV3Config:
