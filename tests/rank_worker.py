@@ -1,15 +1,59 @@
-"""One of several processes that run the same checkpoints over gloo, for test_parallel.py.
+"""Ranks as processes that talk over gloo; torchrun itself starts those of test_ranks.py.
 
-A module of its own: a spawned process imports it anew, and transformers takes longer to import than these
-models to run.
+They are forked from a process that has imported torch, which takes longer than these models to run. A module
+of its own: each process imports it anew, and transformers takes longer still.
 """
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
+import generate
 from convert import Checkpoint, load_model
 from model import Cache, Runtime, Shard
+
+
+def start(ranks: int, work: Callable, *args) -> None:
+    """work(rank, *args) on so many ranks; raises what one of them raises, or that its exit code was not 0."""
+    multiprocessing.set_forkserver_preload(["torch", "triton"])
+    mp.start_processes(work, args, ranks, start_method="forkserver")
+
+
+def start_program(ranks: int, main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """A program's main() with these arguments on so many ranks."""
+    start(ranks, program, ranks, free_port(), main, argv)
+
+
+def program(rank: int, ranks: int, port: int, main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """One rank, in the environment that torchrun would give it."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    generate.end(partial(main, argv))
+
+
+def draw(folder: Path, out: Path, argv: list[str]) -> int:
+    """A main() that writes down what generate() draws on a rank whose seed is its own."""
+    tp = generate.Ranks.start("cpu").tp
+    model = load_model(Checkpoint(folder), Runtime(dtype=torch.float32, tp=tp, rows=2, max_seq_len=256))
+    sampling = generate.Sampling(1.0, 1.0, seed=5 + 100 * tp.rank)
+    events = generate.generate(model, [[1, 2, 3], [4]], (), 30, sampling)
+    (out / f"{tp.rank}.json").write_text(json.dumps([[event.prompt, event.tokens] for event in events]))
+    return 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def logits(folder: Path, tokens: torch.Tensor, chunks: list[int], **settings) -> torch.Tensor:

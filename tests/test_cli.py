@@ -1,7 +1,7 @@
 """Claim: the programs do what the README says, and meet bad input with one clear line and exit code 2.
 
-Real processes and torchrun, on small random checkpoints with R1's tokens. Outputs of
-different numbers of ranks are compared byte for byte: greedy and seeded tokens in fp32 are the same tokens.
+Real processes, on small random checkpoints with R1's tokens. Outputs of different numbers of ranks are
+compared byte for byte: greedy and seeded tokens in fp32 are the same tokens.
 """
 import json
 import math
@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
+from rank_worker import draw, start_program
 from test_checkpoint_leftovers import edit
 from test_tokenizer import BOS, R1_ROLES, write_tokenizer
 from tokenizers import Tokenizer
@@ -58,8 +60,7 @@ def batch(folders: Path, ckpt: str, out: str, *more, ranks: int = 1) -> bytes:
     if ranks == 1:
         assert generate.main([*map(str, args)]) == 0
     else:
-        done = run("generate.py", *args, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        start_program(ranks, generate.main, [*map(str, args)])
     return (folders / out).read_bytes()
 
 
@@ -92,23 +93,7 @@ def test_two_ranks_and_converted_folders_write_the_same_bytes(name, folders):
 def test_ranks_with_different_seeds_produce_one_stream(folders, tmp_path):
     # A rank that drew for itself would run other tokens than rank 0, and the sums over both would be
     # nonsense.
-    script = tmp_path / "seeds.py"
-    script.write_text(f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import generate, torch
-from convert import Checkpoint, load_model
-ranks = generate.Ranks.start("cpu")
-rt = generate.Runtime(dtype=torch.float32, tp=ranks.tp, rows=2, max_seq_len=256)
-model = load_model(Checkpoint({str(folders / "hf")!r}), rt)
-sampling = generate.Sampling(1.0, 1.0, seed=5 + 100 * ranks.tp.rank)
-events = list(generate.generate(model, [[1, 2, 3], [4]], (), 30, sampling))
-with open({str(tmp_path)!r} + f"/{{ranks.tp.rank}}.json", "w") as file:
-    json.dump([[event.prompt, event.tokens] for event in events], file)
-generate.dist.destroy_process_group()
-""")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script],
-                   check=True, capture_output=True)
+    start_program(2, partial(draw, folders / "hf", tmp_path), [])
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     alone = generate.generate(tiny.load(folders / "hf"), [[1, 2, 3], [4]], (), 30,

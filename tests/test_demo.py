@@ -17,6 +17,7 @@ import pexpect
 import pytest
 import tiny
 import torch
+from rank_worker import start_program
 from safetensors.torch import load_file, save_file
 from test_interactive import PROMPT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,9 +102,7 @@ def answers(out: Path, *args, ranks: int = 1) -> list[dict]:
     if ranks == 1:
         assert generate.main(args) == 0
     else:
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-                               str(ROOT / "generate.py"), *args], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        start_program(ranks, generate.main, args)
     text = out.read_text(encoding="utf-8")
     out.unlink()
     return [json.loads(line) for line in text.splitlines()]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
-from rank_worker import logits, work
+from rank_worker import logits, start, work
 
 import convert
 from model import MLA, Cache, Config, Runtime, Shard
@@ -49,7 +48,7 @@ def results(tmp_path_factory):
            for name, (checkpoint, settings) in RUNS.items()}
     many = {}
     for ranks in (2, 4):
-        mp.spawn(work, (ranks, root, RUNS, TOKENS, CHUNKS), nprocs=ranks)
+        start(ranks, work, ranks, root, RUNS, TOKENS, CHUNKS)
         many[ranks] = [torch.load(root / f"rank{rank} of {ranks}.pt") for rank in range(ranks)]
     return one, many
 

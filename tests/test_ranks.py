@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from rank_worker import free_port
 from test_interactive import PROMPT
 
 import convert
@@ -60,12 +61,6 @@ def test_one_rank_needs_no_torch_distributed(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("generate.py: error: ")
     with pytest.raises(SystemExit, match="^3$"):
         generate.end(lambda: 3)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # Start
