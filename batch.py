@@ -44,7 +44,7 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
         raise ValueError(f"{where}: empty; each line is one prompt")
     try:
         record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
-        json.dumps(record, ensure_ascii=False).encode()     # half of a surrogate pair could not be written
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()    # could it be written again?
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: not valid Unicode: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -87,7 +87,7 @@ class Results:
     """
 
     def __init__(self, out: Path | None, settings: dict, resume: bool):
-        self.out = out = out.resolve() if out and out.is_symlink() else out     # the file that a link means
+        self.out = out = Path(os.path.realpath(out)) if out and out.is_symlink() else out
         self.records, self.part = {}, out and out.with_name(out.name + ".part")
         part = self.part
         self.settings, self.resume = settings, resume
@@ -107,8 +107,10 @@ class Results:
                     self._compare(record)
                 else:
                     i, sample, _, _ = (record[key] for key in ("index", "sample", "text", "finish_reason"))
+                    if type(i) is not int or type(sample) is not int:
+                        raise TypeError
                     self.records[i, sample] = record
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
             raise ValueError(f"{part}, line {number}: not made by this program, or damaged; "
                              f"{'move the file away' if number == 1 else 'remove the line'}") from None
 

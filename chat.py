@@ -92,7 +92,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Adds no BOS or EOS; a special token's string in the text becomes its id."""
         if self._json:                              # a distill's file would add BOS, R1's not: keep it off
-            return self._json.encode(text, add_special_tokens=False).ids
+            try:
+                return self._json.encode(text, add_special_tokens=False).ids
+            except Exception as error:              # it lacks the token for what it does not know, say
+                raise ValueError(f"{self.folder}: the tokenizer refuses this text: {error}") from None
         ids = []                                    # sentencepiece never reads <s> as its token: cut it out
         for part in re.split(f"({'|'.join(map(re.escape, self._special))})", text):
             ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
@@ -185,6 +188,8 @@ class Chat:
         if self.style != "jinja" and not text.startswith(self.tokenizer.bos):
             text = self.tokenizer.bos + text
         ids = self.tokenizer.encode(text)
+        if not ids:
+            raise ValueError("the prompt is empty")
         bos = self.tokenizer.bos and self.tokenizer.token_id(self.tokenizer.bos)
         wrong = ids[:2] == [bos, bos] if self.style == "jinja" else ids.count(bos) != 1 or ids[0] != bos
         if wrong:

@@ -127,7 +127,7 @@ def build(part: Part, path: Path) -> None:
     open_axes = tuple({axis: sizes[name] for axis, name in part.open_axes.get(i, {}).items()}
                       for i in range(len(tensors)))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)       # what lies here is run
         scratch = tempfile.TemporaryDirectory(dir=path.parent)
     except OSError as error:
         raise OSError(f"--compile keeps its results in {path.parent}, which cannot be written; the variable "

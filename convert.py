@@ -146,7 +146,7 @@ def config_from_hf(data: dict) -> Config:
         raise ValueError(f"unknown model_type {family!r}; known: deepseek_v3, qwen2, llama")
     ours = take(NAMES)
     for name, value in ours.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < 2 ** 31:
             raise ValueError(f"key {NAMES[name]!r} is {value!r}; it must be a positive number")
     for key, kind in GROUPS.items():
         if not isinstance(keys.get(key), kind | None):
@@ -281,7 +281,7 @@ class Checkpoint:
         else:
             raise FileNotFoundError(f"{self.folder}: neither {index.name} nor {single.name} in here")
         files = [self.folder / name for name in sorted(names)]
-        if missing := [file for file in files if not file.exists()]:
+        if missing := [file for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{missing[0]}: no such file, one of {len(files)} listed")
         for name, written in sizes.items():
             if (size := (self.folder / name).stat().st_size) != written:
@@ -655,6 +655,21 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+# Control characters could move the cursor or worse, and a model may write any
+HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+def harmless(message: object) -> str:
+    """In one line and without control characters, which names in somebody else's files may hold."""
+    return str(message).translate({**HARMLESS, 10: " "})
+
+
+def complain(program: str, error: object) -> int:
+    """Say what is wrong on standard error; the exit code."""
+    print(f"{program}: error: {harmless(error)}", file=sys.stderr)
+    return 2
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong argument is one line, not the whole usage; --help has that. With it a program begins: streams
     that were closed are empty from here on."""
@@ -667,14 +682,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         first = int(os.environ.get("RANK", 0)) == 0         # of several ranks one says it
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        self.exit(complain(self.prog, message) if first else 2)
 
     def at_least(self, args: argparse.Namespace, least: int, *names: str) -> None:
-        """Refuse what is given for these arguments if it is less, or too large for 32 bits."""
+        """Refuse what is given for these arguments if it is less, or more than a million."""
         for name in names:
-            if (value := getattr(args, name, None)) is not None and not least <= value < 2 ** 31:
-                self.error(f"--{name.replace('_', '-')} is {value}; it must be {least} or more, and less "
-                           f"than 2 ** 31")
+            if (value := getattr(args, name, None)) is not None and not least <= value <= 2 ** 20:
+                self.error(f"--{name.replace('_', '-')} is {value}; it must be {least} or more, and at "
+                           f"most 2 ** 20")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -699,8 +714,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             print(f"verified {verify(checkpoint, args.save_path)} tensors, all equal", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
-        return 2
+        return complain("convert.py", error)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -38,7 +38,7 @@ import kernel
 import memory
 from batch import Results, as_messages, read_prompts, run_batch, thinks
 from chat import END_THINK, THINK, Chat, Tokenizer, advised
-from convert import Checkpoint, Parser, fingerprint, load_model, rank_file
+from convert import Checkpoint, Parser, complain, fingerprint, load_model, rank_file
 from decode import Decoder, check, precompile
 from interactive import Conversation, Keyboard, Screen, show
 from model import DTYPES, Cache, Config, Runtime, Shard, Transformer
@@ -795,7 +795,7 @@ def talk(model: Transformer, job: Job, ranks: Ranks, conversation: Conversation 
 def fail(error: Exception) -> int:
     alone = not joined()                    # else all ranks know of it, and one says it
     if alone or int(os.environ.get("RANK", 0)) == 0:
-        print(f"generate.py: error: {error}", file=sys.stderr)
+        complain("generate.py", error)
     return 2
 
 

@@ -12,12 +12,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from unicodedata import east_asian_width
 
 from batch import read_prompts, write_file
 from chat import BOXED, Chat, ReasoningParser, TextStream, file_prompt, search_prompt
+from convert import HARMLESS, harmless
 
 try:
     import termios
@@ -51,7 +53,8 @@ class Keyboard:
 
             def take(*_) -> None:               # also after Ctrl-Z and `fg`, where the shell has set its own
                 if not self.asking:             # else prompt_toolkit has them
-                    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+                    with suppress(termios.error):       # after `bg` they are not ours to set; `fg` comes
+                        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
             signal.signal(signal.SIGCONT, take)
             take()
         elif self.present:
@@ -80,8 +83,7 @@ class Keyboard:
         from prompt_toolkit.input.vt100_parser import Vt100Parser
         from prompt_toolkit.output import create_output
         if not self.session:
-            self.session = PromptSession(output=create_output(
-                sys.stdout if sys.stdout.isatty() else sys.stderr))
+            self.session = PromptSession(output=None if sys.stdout.isatty() else create_output(sys.stderr))
         keys = []
         Vt100Parser(keys.append).feed(typed.decode(errors="surrogateescape"))
         store_typeahead(self.session.input, keys)
@@ -137,7 +139,7 @@ class Conversation:
                     raise
                 print("(/exit or Ctrl-D leaves)")
             except (ValueError, OSError) as error:
-                print(f"({error})")
+                print(f"({harmless(error)})")
 
     def send(self, question: str) -> list[int] | None:
         """Ask what was typed; the ids to be answered, None if it is blank."""
@@ -205,9 +207,9 @@ class Conversation:
             case "/search":
                 self.attach_pages(path)
             case "/save":
-                self.save(path.resolve())
+                self.save(Path(os.path.realpath(path)))
             case "/load":
-                self.load(path.resolve())
+                self.load(Path(os.path.realpath(path)))
 
     def save(self, path: Path) -> None:
         if not self.messages:
@@ -257,10 +259,6 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. Screen
-
-# Control characters could move the cursor or worse; a model may write any
-HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
-
 
 class Screen:
     """Shows completions as they come.
@@ -347,7 +345,7 @@ class Screen:
 
     def write(self, text: str, dim: bool = False, file=None) -> None:
         file = file or sys.stdout
-        if self.terminal:
+        if file.isatty():
             text = text.translate(HARMLESS)
         if dim and text and self.colour and file.isatty():
             text = f"\x1b[2m{text}\x1b[0m"

@@ -178,7 +178,8 @@ def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
 
 
 def resident() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 

@@ -196,7 +196,8 @@ def test_samples_are_written_as_they_finish_and_a_killed_run_goes_on(folders, tm
         code, error = main(out, "--resume")
         assert code == 2 and "part, line 1: not made by this program" in error
     head, first, *rest = half.split(b"\n")
-    for junk in (b"{}", b"7", first[:-2], b"\xff", b'{"index": 2, "sample": 4}'):
+    for junk in (b"{}", b"7", first[:-2], b"\xff", b'{"index": 2, "sample": 4}', b"[" * 100_000,
+                 first.replace(b'"sample": ', b'"sample": 0.')):
         part.write_bytes(b"\n".join([head, first, junk, *rest]))
         code, error = main(out, "--resume")
         assert code == 2 and "part, line 3: " in error and "remove the line" in error
@@ -283,6 +284,18 @@ def refused(capsys, folders: Path, *args, word: str, code: int = 2) -> None:
     assert not out.exists() and not list(folders.glob("*.part"))
 
 
+def test_an_error_is_one_line_whatever_names_it_quotes(capsys):
+    for program in (generate, convert):
+        place = "--ckpt-path" if program is generate else "--hf-ckpt-path"
+        more = ["--prompt", "a"] if program is generate else ["--save-path", "x"]
+        assert program.main([place, "no\n\x1b[2Jwhere", *more]) == 2
+        error = capsys.readouterr().err
+        assert "error: no \ufffd[2Jwhere" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit, match="^2$"):
+        generate.main(["\x1b[2J"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
 PROMPT_FILES = {
     "empty line": (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: empty"),
     "malformed line": (b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
@@ -297,6 +310,7 @@ PROMPT_FILES = {
     "half a name": (b'{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', "line 1: not"),
     "endless nesting": (b"[" * 100_000, "line 1: not JSON"),
     "number": (b'{"prompt": 3}\n', "line 1: 'prompt' is 3"),
+    "no number": (b'{"prompt": "a", "id": NaN}\n', "line 1: not JSON"),
     "no messages": (b'{"messages": []}\n', "line 1: 'messages' is []"),
     "bad role": (b'{"messages": [{"role": "king", "content": "a"}]}\n', "line 1: messages[0]"),
     "nothing": (b"", "holds no prompt"), "binary": (b'{"prompt": "\xff\xfe"}\n', "UTF-8"),

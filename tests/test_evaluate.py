@@ -347,10 +347,17 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, reply = StandIn.failures.pop(0) if StandIn.failures else (200, self.answer(body))
-        StandIn.requests.append({**body, "path": self.path})
+        StandIn.requests.append({**body, "path": self.path, "key": self.headers["Authorization"]})
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", reply)
         self.end_headers()
         self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
+
+    def do_GET(self):                       # where a redirection leads
+        StandIn.requests.append({"path": self.path, "key": self.headers["Authorization"]})
+        self.send_response(403)
+        self.end_headers()
 
     def answer(self, body: dict) -> dict:
         number = body["messages"][0]["content"].split()[2]
@@ -418,6 +425,15 @@ def test_a_server_is_sampled_with_retries_and_resumed_to_the_same_bytes(api, tmp
     assert len(again) == 9 and again < {body["seed"] for body in sent}          # without the three samples
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_server_that_points_elsewhere_gives_no_key_away(api, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    StandIn.failures.append((302, "/elsewhere"))
+    data = write(tmp_path / "aime.jsonl", AIME)
+    args = ["--api", api, "--model", "m", "--k", 1, "--concurrency", 1, "--out", tmp_path / "out"]
+    assert run("run", "--task", data, *args) == 2
+    assert [request["key"] for request in StandIn.requests] == ["Bearer secret", None]
 
 
 def test_the_report_has_both_errors_beside_the_published_figures(demo, tmp_path, capsys):
@@ -495,7 +511,7 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["grade", "--task", "demo", "--completions", "missing.jsonl"], "missing.jsonl"),
        (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"],
         "run.json: not made by this"),
-       (["run", "--task", "demo", "--k", str(2 ** 31)], "less than 2 ** 31"),
+       (["run", "--task", "demo", "--k", str(2 ** 31)], "at most 2 ** 20"),
        (["report", "NOWHERE"], "results.json"),
        (["report", "FOLDER"], "not made by this program")]
 

@@ -82,8 +82,10 @@ def test_a_worker_ends_though_its_parent_was_killed_while_it_hung():
 @pytest.mark.parametrize("text, box", [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} \boxed{2}", "2"), (r"\boxed{1} \boxed{2", None),
     (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{\left\{x\right.}", r"\left\{x\right."), (r"\boxed {7}", "7"),
-    (r"\boxed{a \\} b", r"a \\"), (r"\boxed{{}}", "{}"), (r"\boxed{ }", None), ("boxed{1}", None),
-    (r"\boxed{42}, in \boxed{}.", "42")])
+    (r"\boxed{a \\} b", r"a \\"), (r"\boxed{a\ \  }", "a"), (r"\boxed{a\\\ }", "a" + 3 * "\\"),
+    (r"\boxed{1" + 10 ** 6 * " " + "2}", "1" + 10 ** 6 * " " + "2"),      # in no quadratic time
+    (r"\boxed{{}}", "{}"), (r"\boxed{ }", None), ("boxed{1}", None),
+    (r"\boxed{42}, in \boxed{}.", "42")], ids=lambda text: str(text)[:30])
 def test_the_last_box_counts_if_its_braces_match(text, box):
     assert grading.last_box(text) == box
 

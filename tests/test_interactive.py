@@ -106,6 +106,10 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt():
     leave(child)
 
 
+def refuse(*_):
+    raise termios.error(4, "Interrupted system call")
+
+
 def test_keys_are_taken_again_when_a_stopped_chat_goes_on(monkeypatch):
     """After Ctrl-Z and `fg` in an answer, where the shell has given the terminal its own mode."""
     master, slave = os.openpty()
@@ -124,6 +128,10 @@ def test_keys_are_taken_again_when_a_stopped_chat_goes_on(monkeypatch):
                     termios.tcsetattr(terminal, termios.TCSADRAIN, theirs)
                     os.kill(os.getpid(), signal.SIGCONT)
                     assert termios.tcgetattr(terminal) == mode
+                keyboard.asking = False
+                with monkeypatch.context() as background:           # after `bg`
+                    background.setattr(termios, "tcsetattr", refuse)
+                    os.kill(os.getpid(), signal.SIGCONT)
             assert termios.tcgetattr(terminal) == theirs
     finally:
         os.close(master)
@@ -252,11 +260,13 @@ def test_an_answer_says_why_it_ended_early(reason, note, demo, capsys):
     assert out == "1, 2, 3\n" and err.startswith(f"{note}\n")
 
 
-def test_control_characters_of_a_model_do_not_reach_the_terminal(demo, capsys):
+def test_control_characters_of_a_model_or_a_name_do_not_reach_the_terminal(demo, capsys, monkeypatch):
     screen = Screen(demo, full=True)
-    screen.terminal = True
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)          # even one that knows no escape sequences
     screen.write("\x1b[2Jgone\x07 \x9b1m\r好\n\t")
     assert capsys.readouterr().out == "\ufffd[2Jgone\ufffd \ufffd1m\ufffd好\n\t"
+    asked(Conversation(demo, 2048, False), "/load \x1b[2J")
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns, shown", [(0, ""), (1, "b"), (2, "b"), (3, "好b"), (9, "a好b")])
@@ -346,6 +356,7 @@ def test_files_and_web_pages_make_the_official_prompts(demo, tmp_path, capsys):
 def test_commands_that_cannot_be_obeyed_say_why_and_the_chat_goes_on(demo, tmp_path, capsys):
     conversation = Conversation(demo, 2048, boxed=False)
     (tmp_path / "data.bin").write_bytes(b"\xff\xfe")
+    (tmp_path / "loop").symlink_to("loop")
     for text in ("{", "{}", "[]", '{"a": 1}', '[{"title": "no content"}]', "[3]", '[{"content": 3}]',
                  '[{"content": "\\ud83d"}]', "[" * 100_000):
         (tmp_path / "bad.json").write_text(text)
@@ -356,6 +367,7 @@ def test_commands_that_cannot_be_obeyed_say_why_and_the_chat_goes_on(demo, tmp_p
                         (f"/file {tmp_path}", "Is a directory"), ("/search", "usage: /search FILE.json"),
                         ("/think maybe", "usage: /think on|off"),
                         ("/file ~nosuchuser/x", "No such file"), ("/save x", "nothing to save"),
+                        (f"/load {tmp_path / 'loop'}", "symbolic links"),
                         ("/clear all", "usage: /clear"), ("/frobnicate now", "/frobnicate is no command")):
         assert asked(conversation, line) is None
         assert words in capsys.readouterr().out

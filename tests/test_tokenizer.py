@@ -211,6 +211,12 @@ def test_a_malformed_file_is_named(tmp_path, name, text):
         Tokenizer(tmp_path)
 
 
+def test_a_text_that_the_tokenizer_cannot_take_is_refused(tmp_path):
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="gone")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer refuses this text"):
+        Tokenizer(tmp_path).encode("b")
+
+
 @pytest.mark.parametrize("name, text, says", [
     ("tokenizer_config.json", '{"bos_token": 5}', "bos_token 5 is not a token"),
     ("tokenizer_config.json", '{"chat_template": [{"x": 1}]}', "cannot be read"),

@@ -42,7 +42,7 @@ import grading  # noqa: E402
 import memory  # noqa: E402
 from batch import Results, run_batch, write_file  # noqa: E402
 from chat import Chat, Tokenizer  # noqa: E402
-from convert import COMPANIONS, Checkpoint, Parser, load_model, read_json  # noqa: E402
+from convert import COMPANIONS, Checkpoint, Parser, complain, load_model, read_json  # noqa: E402
 from generate import Ranks, Sampling, end, generate, precision  # noqa: E402
 from model import Runtime, Transformer  # noqa: E402
 from tasks import (PROMPTS, TASKS, Protocol, Question, read_gradable, read_jsonl, read_protocol,  # noqa: E402
@@ -170,7 +170,7 @@ def sample_from_api(args: argparse.Namespace, plan: Protocol, results: Results, 
         return {"index": index, "sample": sample, "prompt": prompts[index], **answer}
 
     results.open()
-    with ThreadPool(args.concurrency) as pool:      # its threads do not outlive an interruption
+    with ThreadPool(min(args.concurrency, len(wanted) or 1)) as pool:       # none outlives an interruption
         answers = pool.imap_unordered(work, wanted)
         for record in tqdm(answers, desc="sample", total=len(wanted), unit="sample"):
             results.add(record)
@@ -183,8 +183,9 @@ def complete(args: argparse.Namespace, prompt: str, seed: int) -> dict:
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed,
             "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if key:                                 # which no other server gets, to which this one may redirect
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     for tries in range(1, TRIES + 1):
         try:
             with urllib.request.urlopen(request, timeout=args.timeout) as reply:
@@ -209,7 +210,7 @@ def read_reply(reply: bytes) -> dict:
             text = f"{reasoning}\n{grading.END_THINK}\n\n{text}" if text or reason == "stop" else reasoning
         text = text.encode(errors="replace").decode()       # half of a surrogate pair could not be written
         return {"text": text, "finish_reason": reason}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"not a chat completion: {reply[:200]!r}") from None
 
 
@@ -222,7 +223,7 @@ def read_run(completions: Path) -> dict:
     path = completions.with_name("run.json")
     made = read_json(path) if path.exists() else {}
     kinds = {"task": str, "prompt": str, "k": int, "questions": int, "model": str,
-             "temperature": float | int}
+             "temperature": float | int, "top_p": float | int, "max_new_tokens": int}
     if made and not all(isinstance(made.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path}: not made by this program; move it, or the completions, away")
     return made
@@ -530,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not memory.ran_out(error):
             raise
         if FIRST or memory.ran_out(error):      # of all else all ranks know, and one says it
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
+            complain("evaluate.py", error)
         return 2
     except KeyboardInterrupt:
         if FIRST:

@@ -47,7 +47,8 @@ def last_box(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             inside = text[start:start + match.start()]
-            return re.sub(r"(?:(?<!\\)\\?\s)+$", "", inside).strip() or None      # "\ " is a blank, too
+            blanks = re.match(r"(?:\s\\?(?!\\))*", inside[::-1])       # "\ " is one, too; forwards it were
+            return inside[:len(inside) - blanks.end()].strip() or None      # quadratic
     return None
 
 
@@ -111,6 +112,8 @@ INTEGER = re.compile(r"(?:[^=a-zA-Z]*[a-zA-Z][^=]*=)?(?:[^=a-zA-Z,]*[-+*/][^=a-z
 
 def integer(answer: str) -> int | None:
     """An AIME answer, 0 to 999; leading zeros, "m + n = 45 + 28 =" and a unit are allowed. Else None."""
+    if len(answer) > 10_000:                        # the patterns take quadratic time for junk
+        return None
     match = INTEGER.fullmatch(plain(UNIT.sub("", answer)))
     return int(match[1]) if match else None
 

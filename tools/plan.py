@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert import Parser, load_config  # noqa: E402
+from convert import Parser, complain, load_config  # noqa: E402
 from memory import GIB, largest, plan  # noqa: E402
 from model import DTYPES, Config, Runtime, Shard  # noqa: E402
 
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                      max_seq_len=seq, prefill_chunk=args.prefill_chunk)
         text, fits = report(cfg, rt, args.gpu_gib, args.reserve_gib, args.bandwidth)
     except (ValueError, OSError) as error:
-        print(f"plan.py: error: {error}", file=sys.stderr)
-        return 2
+        return complain("plan.py", error)
     print(text)
     return 0 if fits else 1
 
