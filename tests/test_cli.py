@@ -353,6 +353,19 @@ def test_sizes_must_be_positive(flag, folders, capsys):
     assert stop.value.code == 2 and f"{flag} is 0" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("args, word", [
+    (["--prompt", "a", "--output-file", "x"], "--output-file goes with --input-file"),
+    (["--prompt", "a", "--num-samples", "2"], "--num-samples goes with --input-file"),
+    (["--input-file", "x", "--resume"], "--resume goes with --output-file"),
+    (["--prompt", " "], "--prompt is empty"), (["--prompt", "a", "--think-budget", "-1"], "--think-budget is"),
+    (["--input-file", "x", "--num-samples", str(2 ** 20 + 1)], "at most 2 ** 20"), ([], "is required")])
+def test_options_that_do_not_go_together_are_refused(args, word, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        generate.main(args)
+    error = capsys.readouterr().err
+    assert ".py: error: " in error and word in error and error.count("\n") == 1
+
+
 def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_path, capsys, monkeypatch):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("hi\n")

@@ -211,6 +211,9 @@ def test_a_dense_checkpoint_with_a_sliding_window_is_refused():
     (lambda d: d["rope"].update(kind="plain"), "rope.mscale_all_dim is 1.0; only kind yarn"),
     (lambda d: d.update(norm_eps=math.nan), "key 'norm_eps' is nan"),
     (lambda d: d.update(mla=None), "'gqa' and 'mla'"),
+    (lambda d: d.update(mla=None, gqa=dict(n_kv_heads=3, head_dim=64, qkv_bias=False)),
+     "n_heads 128 is no multiple of gqa.n_kv_heads 3"),
+    (lambda d: d.update(rope=7), "rope.* is 7"), (lambda d: d["rope"].update(factor=0.5), "needs factor >= 1"),
     (lambda d: d.update(dtype="int4"), "int4"), (lambda d: d["rope"].update(kind="spiral"), "spiral"),
     (lambda d: d["mla"].update(qk_rope_head_dim=63), "63 must be even")])
 def test_our_own_config_is_strict_about_keys_and_types(change, named, tmp_path):
