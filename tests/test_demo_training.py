@@ -69,16 +69,19 @@ def test_a_completion_needs_one_closed_thought_and_then_one_box(text, right, for
     assert demo_task.grade("x</think>\\boxed{\\text{no answer}}", demo_task.NO_ANSWER) == (True, True)
 
 
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """Runs of 5 steps on 2 conversations each, the last one through FP8, with the demo's tokenizer."""
-    monkeypatch.setattr(train_demo, "POOL", 2)
-    chat = Chat(Tokenizer(ROOT / "demo"))
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Runs of 5 steps on 2 conversations each, the last one through FP8, with the demo's tokenizer; one of a
+    name that is known goes on where that one stopped."""
+    folder, chat = tmp_path_factory.mktemp("training"), Chat(Tokenizer(ROOT / "demo"))
 
     def run(name: str) -> train_demo.Run:
-        (tmp_path / name).mkdir(exist_ok=True)
-        return train_demo.Run(argparse.Namespace(seed=3, steps=5, rate=1e-2, work=tmp_path / name), chat)
-    return run
+        (folder / name).mkdir(exist_ok=True)
+        return train_demo.Run(argparse.Namespace(seed=3, steps=5, rate=1e-2, work=folder / name), chat)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_demo, "POOL", 2)
+        yield run
 
 
 def test_an_interrupted_run_goes_on_exactly(start):
@@ -96,7 +99,7 @@ def test_an_interrupted_run_goes_on_exactly(start):
 
 
 def test_the_exported_file_gives_the_logits_that_were_trained(start, tmp_path):
-    twin = start("run").finish()
+    twin = start("straight").finish()               # which the test above has trained
     train_demo.export(twin, tmp_path)
     for name, p in twin.named_parameters():
         stays = p.ndim >= 2 and train_demo.is_fp8(name)
@@ -110,7 +113,7 @@ def test_the_exported_file_gives_the_logits_that_were_trained(start, tmp_path):
 
 
 def test_the_bias_of_a_busy_expert_falls_and_that_of_an_idle_one_rises(start):
-    twin = start("run").twin
+    twin = start("new").twin
     gate = twin.main.model.layers[1].mlp.gate
     twin.loads = {"main.model.layers.1.mlp.gate": torch.tensor([9, 0, 4, 4, 4, 4, 4, 3])}
     twin.balance()
