@@ -511,12 +511,15 @@ BAD = [(["run", "--task", "demo", "--k", "0"], "--k is 0"),
        (["grade", "--task", "demo", "--completions", "missing.jsonl"], "missing.jsonl"),
        (["grade", "--task", "DATA", "--completions", "FOLDER/completions.jsonl"],
         "run.json: not made by this"),
+       (["grade", "--task", "DATA", "--completions", "HUGE/completions.jsonl"], "run.json: not made by this"),
+       (["grade", "--task", "DATA", "--completions", "RIDDLE/completions.jsonl"],
+        "run.json: not made by this"),
        (["run", "--task", "demo", "--k", str(2 ** 31)], "at most 2 ** 20"),
        (["report", "NOWHERE"], "results.json"),
        (["report", "FOLDER"], "not made by this program")]
 
 
-@pytest.mark.parametrize("args, word", BAD, ids=[word for _, word in BAD])
+@pytest.mark.parametrize("args, word", BAD, ids=[" ".join(args[-1:] + [word]) for args, word in BAD])
 def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     files = {"DATA": AIME, "CODE": CODE, "BAD GOLD": [AIME[0], {**AIME[1], "answer": "1000"}],
@@ -528,6 +531,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, word, tmp_path, capsys, 
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "FOLDER/results.json").write_text("{}")
     (tmp_path / "FOLDER/run.json").write_text('{"k": "1", "temperature": 1}')
+    made = {"task": "aime24", "prompt": "boxed", "k": 1, "questions": 3, "model": "m", "temperature": 0.6,
+            "top_p": 0.95, "max_new_tokens": 9}
+    for name, change in (("HUGE", {"k": 10 ** 12}), ("RIDDLE", {"prompt": "riddle"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(made | change))
     out = tmp_path / "out"
     try:
         code = run(*[tmp_path / arg if arg[:2].isupper() else arg for arg in args], "--out", out)
