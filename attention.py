@@ -4,7 +4,8 @@
     attend_latents  all heads share one key, of which the value is a part: MLA's absorbed form
     attend_one      what both are when a GPU decodes: flash decoding, a Triton kernel
 
-What attends to what, model.py says; nothing here is needed to understand it. Letters are those of model.py.
+What attends to what, model.py says; nothing here is needed to understand it. Letters are model.py's, but d is
+a key's whole width (MLA: d + r or c + r) and v its value's (MLA: v or c).
 """
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, nothing came before
     them: then the mask is a plain triangle, and the fastest kernel does not read what that hides."""
     first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
-    # That kernel lets heads share keys as they lie there; of those for fp32 on a GPU none does
+    # It lets heads share keys without copies of them, but not in fp32 on a GPU
     grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
     if shared and not grouped:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))

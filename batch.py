@@ -126,7 +126,7 @@ class Results:
                 raise ValueError(f"{self.part}: {change}; --resume needs the same settings, or remove it")
 
     def open(self) -> None:
-        """Start the file of parts, or cut off what an interrupted line left of it. OSError: another run has
+        """Start the file of parts, or cut off a last line that is incomplete. OSError: another run has
         started it meanwhile."""
         if self.part:
             if not self.resume and self.part.exists():

@@ -130,8 +130,8 @@ class Chat:
 
     Most chat bugs live in templates: two BOS, no <think>, old reasoning fed back. So the format of R1 and its
     distills is written out. They differ around system messages and tools, and R1 alone has the tool tokens:
-    style "r1" or "distill". A checkpoint without these tokens, or whose own template writes another format
-    with them (V3.1), is rendered by its template, "jinja". Neither: ValueError.
+    style "r1" or "distill". A checkpoint without BOS, EOS and the markers above, or whose own template
+    writes another format with them (V3.1), is rendered by its template, "jinja". Neither: ValueError.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -387,8 +387,8 @@ class Checkpoint:
                         f"training and speculative decoding" for layer, n in mtp.items()]
 
     def _check_tied(self, head: str, embed: str) -> None:
-        """ValueError if a head that the config ties to the embedding is there and differs from it. (Then
-        HuggingFace, too, leaves them untied.)"""
+        """ValueError if a head that the config ties to the embedding is there and differs from it.
+        (HuggingFace would leave them untied.)"""
         (_, shape, _), (_, other, _) = (self.header(self.where[key])[key] for key in (head, embed))
         pieces = ((start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096))
         if shape != other or not all(torch.equal(self.read(head, 0, *piece).float(),
@@ -409,7 +409,7 @@ class Checkpoint:
     def part(self, entry: Entry, e: int, tp: Shard) -> Tensor:
         """Rank tp's slice of the e-th tensor of `entry`, in our row order and in entry.dtype.
 
-        No other rows or columns are read.
+        No other rows or columns are read, but for the rest of an FP8 block that a cut divides.
         """
         key, cut = entry.keys[e], entry.cut or 0
         size, start = self.header(self.where[key])[key][1][cut], 0
@@ -440,7 +440,7 @@ class Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, rt: Runtime) -> Transformer:
-    """This rank's part of the model, ready to run. What needs no cast, cut or copy stays a mapped file."""
+    """This rank's part of the model, ready to run. What can (Checkpoint.mapped_bytes) stays a mapped file."""
     model = Transformer(checkpoint.cfg, rt)
     memory.keep_freed()
     state: dict[str, Tensor] = {}
@@ -474,7 +474,7 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
 
     Files get their names when all are complete; an interrupted conversion goes on where it stopped. `dtype`
     None keeps every tensor as it is stored; bfloat16 dequantises FP8, and casts all but a gate in fp32.
-    ValueError, before any output, if anything does not fit.
+    ValueError, before any output, if anything does not match; OSError if the disk is too small.
     """
     if checkpoint.manifest or out.resolve() == checkpoint.folder.resolve():
         raise ValueError(f"{checkpoint.folder}: convert from a HuggingFace folder into another one")
@@ -648,7 +648,7 @@ def verify(checkpoint: Checkpoint, out: Path) -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors name the file: that the disk is full, Python says of none."""
+    """Errors name the file; Python's own, of a full disk, names none."""
     try:
         yield
     except OSError as error:

@@ -207,12 +207,13 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Collect
 
     `wanted` lists (prompt index, sample number), default one sample of each prompt. Samples of a prompt that
     follow each other share its prefill. A sample's random numbers depend on (seed, prompt index, sample
-    number) alone, and in fp32 so do its tokens; bf16 rounds differently in batches of another size.
+    number) alone, and so do its tokens, but for ties that rounding decides: seldom in fp32, often in bf16.
     Yields an Event per row and forward pass. A completion ends at one of `stop_ids`, after `max_new_tokens`,
     when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
     (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
     With several ranks, all call this with the same arguments; rank 0 draws, the others follow. Rank
     0's `cancelled()`, asked with every forward pass, ends the call; all ranks give one or none does.
+    ValueError: a prompt leaves no room for an answer. FloatingPointError: a logit is NaN.
     """
     rt = model.rt
     check_lengths(prompts, max_new_tokens, rt)
@@ -409,7 +410,7 @@ class Ranks:
         return box[0]
 
     def together(self, work: Callable):
-        """work() on every rank; its result, or on all ranks the ValueError that one of them met.
+        """work() on every rank; its result, or on all ranks a ValueError that says what one of them met.
 
         Also where ranks wait for each other: loading may outlast the minutes after which NCCL gives up.
         """
@@ -606,7 +607,7 @@ def fit(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float, mapped:
 
 def convert_once(args: argparse.Namespace, cfg: Config, rt: Runtime, room: float) -> Runtime:
     """rt, in which FP8 weights that were to be converted for each product are converted at load, if the user
-    left that open and it takes at most half of the `room`. Compiled steps of one row read FP8 as it is."""
+    left that open and it takes at most half of the `room`. Compiled steps read FP8 as it is."""
     once = replace(rt, fp8="bf16")
     if not cfg.fp8 or args.fp8 != "auto" or rt.fp8 != "dequant" or rt.compile:
         return rt

@@ -7,7 +7,7 @@ gets a scale s of its own, chosen so that its largest element lands on 448: q = 
     weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
     activations    one fp32 scale per token and 128 channels        computed on the fly
 
-A product of blocks k of A and W is then s_a[k] * s_w[k] * (q_a[k] . q_w[k]): the inner dot product runs on
+A product of blocks j of A and W is then s_a[j] * s_w[j] * (q_a[j] . q_w[j]): the inner dot product runs on
 FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32
 (V3 Fig. 7).
 
@@ -183,7 +183,7 @@ def grouped_fp8_gemm(a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: 
 
 
 def check_scale(w: Tensor, scale: Tensor) -> None:
-    """ValueError unless w [..., n, k] is e4m3 and scale [..., nb, kb] fp32: else wrong blocks were scaled."""
+    """ValueError unless w [..., n, k] is e4m3 and scale [..., nb, kb] fp32, or scales would miss blocks."""
     expected = [*w.shape[:-2], *(n_blocks(size) for size in w.shape[-2:])]
     if w.dtype != FP8 or scale.dtype != torch.float32 or list(scale.shape) != expected:
         raise ValueError(f"an e4m3 weight {list(w.shape)} needs an fp32 scale {expected}; "
@@ -277,7 +277,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b, batched as @; in fp32 where that is faster, and exact: products of bf16 numbers fit into fp32."""
+    """a b, batched as @; in fp32 where that is faster: it holds products of bf16 numbers exactly."""
     return (a.float() @ b.float()).to(a.dtype) if fp32_is_faster(a) else a @ b
 
 

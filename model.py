@@ -21,10 +21,11 @@ Dimension letters, the same in shape comments and einsums:
     s  query tokens          h  query heads                      e  experts
     t  cache slots (keys)    g  key/value heads                  k  experts chosen per token
     n  tokens, b * s         d  head dim (MLA: without r)        f  feed-forward dim
-    P  ranks                 r  rotary dim                       v  value dim
+    P  ranks                 r  rotary dim (GQA: d)              v  value dim
 
-Each of P tensor-parallel ranks holds h/P heads and f/P feed-forward channels of everything. All communication
-is two all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of the logits.
+Each of P tensor-parallel ranks holds h/P heads and f/P feed-forward channels of everything. A forward pass
+communicates in two all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of
+the logits; generate.py broadcasts the tokens that rank 0 draws.
 """
 import math
 import sys
@@ -231,7 +232,7 @@ def declare(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: scales every token to a root mean square of 1; no mean, no bias."""
+    """x / sqrt(mean(x^2) + eps) * weight: scales tokens to a root mean square of 1; no mean is taken off."""
 
     def __init__(self, dim: int, eps: float, rt: Runtime):
         super().__init__()
@@ -244,8 +245,8 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, strength: float) -> float:
-    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared. R1: 1.3689.
-    (V2 section 3.1.4 had 0.0707 in place of 0.1.)"""
+    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared (R1: 1.3689^2 =
+    1.874). V2 section 3.1.4 had 0.0707 in place of 0.1."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -264,7 +265,8 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     if rope.kind == "yarn":
         # YaRN Definition 2, "NTK by parts": fast pairs keep their frequency, slow ones are divided by factor.
         # The paper ramps between them in turns per context; DeepSeek's code, and this, in the pair's index.
-        def pair_turning(turns: float) -> float:    # index of the pair that turns so often in the old context
+        # Pair i turns L theta^(-2i/dim) / 2 pi times in L = original_context_len tokens; solved for i:
+        def pair_turning(turns: float) -> float:
             wavelength = rope.original_context_len / turns
             return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
         low = max(math.floor(pair_turning(rope.beta_fast)), 0)                  # R1: 10
@@ -286,7 +288,7 @@ def both_angles(angles: Tensor) -> Tensor:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r], in fp32, by cos, sin [b, s, 1, r] of angles
-    -a, a: to x0 cos(-a) + x1 sin(-a) and x1 cos(a) + x0 sin(a).
+    -a, a: to x0 cos(-a) + x1 sin(-a) = x0 cos(a) - x1 sin(a), and x1 cos(a) + x0 sin(a).
 
     Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
     (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
@@ -313,9 +315,9 @@ class Cache:
     """Keys and values of the tokens so far. Rows of one batch may stand at different positions.
 
     Each layer has a tuple of buffers [rows, slots, ...]: MLA one of width c + r (the latent and the shared
-    rotary key), GQA keys and values [rows, slots, g, d]. A forward pass reads every slot of the cache that it
-    is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer slots
-    (attention.attend_one alone leaves out the others).
+    rotary key), GQA keys and values [rows, slots, g/P, d]. A forward pass reads every slot of the cache that
+    it is given and masks what lies behind a row's end, so whoever passes a narrower `view` pays for fewer
+    slots (attention.attend_one alone leaves out the others).
     """
     layers: list[tuple[Tensor, ...]]
     lengths: Tensor                         # [rows] int64: tokens stored; every forward pass advances it
@@ -413,7 +415,7 @@ class Linear(nn.Module):
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
             return kernel.linear(x, weight, self.bias)
-        if self.fp8 == "gemm":                                  # no FP8 checkpoint has a bias
+        if self.fp8 == "gemm":                                  # no bias: convert.py reads no FP8 for GQA
             return kernel.fp8_gemm(*kernel.act_quant(x, self.ue8m0), weight, scale, x.dtype)
         if kernel.few(x):
             return kernel.matvec(x, weight, scale)
@@ -493,15 +495,16 @@ def per_head(x: Tensor, w: Tensor) -> Tensor:
 class MLA(nn.Module):
     """Attention that caches one small latent vector per token, not keys and values per head (V2 section 2.1).
 
-    Keys and values of all heads are linear functions of a shared latent c_kv; only c_kv is stored. A linear
-    map and a rotation that depends on the position do not commute, so position travels apart, in one rotary
-    key k_pe that all heads share (V2 section 2.1.3). R1 caches 512 + 64 numbers a token and layer where 128
-    heads of keys (192) and values (128) would take 40,960, 71 times as many: 70 KB a token over 61 layers
-    instead of 5.0 MB. Ranks split the heads; each keeps every latent.
+    Keys and values of all heads are linear functions of a shared latent c_kv, which is stored in their place.
+    A linear map and a rotation that depends on the position do not commute, so position travels apart, in one
+    rotary key k_pe for all heads, stored beside it (V2 section 2.1.3). R1 caches 512 + 64 numbers a token and
+    layer where 128 heads of keys (192) and values (128) would take 40,960, 71 times as many: 70 KB a token
+    over 61 layers instead of 5.0 MB. Ranks split the heads; each keeps every latent.
 
     The same function has two orders of evaluation. Expanded: make keys and values from the latents, then
     attend; cheaper for many queries. Absorbed: move the up-projections W^UK and W^UV over to the query and
-    the output and attend among the latents, so that nothing is expanded; cheaper for the one query of decode.
+    the output and attend among the latents, so that nothing is expanded; cheaper for few queries (R1: up to
+    170), as when it decodes.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
@@ -551,9 +554,10 @@ class MLA(nn.Module):
         return attend(q, k, v, step.bias, step.positions, self.scale)           # [b, s, h/P, v]
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
-        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, so the latents themselves are keys and values."""
-        # W^UK [h/P, d, c] and W^UV [h/P, v, c] alternate in wkv_b head by head. It is never FP8, because
-        # kernel.py multiplies no stacks of FP8 matrices: convert.load_model dequantises it
+        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, and sum_j p_j (W^UV c_j) = W^UV sum_j p_j c_j, so
+        the latents themselves are keys and values."""
+        # W^UK [h/P, d, c] and W^UV [h/P, v, c] alternate in wkv_b head by head. kernel.py has no FP8 product
+        # for each head, so convert.load_model dequantises it
         w_k, w_v = self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
         q_c = per_head(q_nope, w_k)                             # W^UK absorbed into the query [b, s, h/P, c]
         q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
@@ -654,7 +658,7 @@ class MoE(nn.Module):
         return y.to(x.dtype).view_as(x)
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """The loop's sum [n, m] in two launches. The host need not wait to hear who was chosen."""
+        """The loop's sum [n, m]; its products take two launches, and the host need not know the choice."""
         w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
         groups = kernel.group(experts, n_experts=len(w1.weight))                # slots [n * k], by expert
         gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens, self.ue8m0), [w1.weight, w3.weight],

@@ -4,9 +4,10 @@
     python benchmarks/fp8_gemm.py --output DIR      on a CPU: a few small shapes, to see that it works
 
 Weights come cold from memory: calls rotate among copies that exceed the L2 cache together. On a GPU, 20 calls
-are recorded in a CUDA graph, so no launch is timed; the figure is the median over replays. Only the loop over
-experts cannot be recorded, as it waits for the device, and is timed with its launches. Activations of single
-products are quantised beforehand, those of experts within. What the device can do at best is measured first.
+or more are recorded in a CUDA graph, so no launch is timed; the figure is the median over replays. Only the
+loop over experts cannot be recorded, as it waits for the device, and is timed with its launches. Activations
+of single products are quantised beforehand, those of experts within. What the device can do at best is
+measured first.
 """
 import argparse
 import itertools
@@ -41,7 +42,7 @@ R1 = {"wq_a": (1536, 7168), "wkv_a": (576, 7168), "wq_b": (24576, 1536), "wo": (
       "dense w2 / 8": (7168, 2304), "shared w1, w3 / 8": (256, 7168), "shared w2 / 8": (7168, 256)}
 TOKENS, EXPERT_TOKENS = (1, 2, 16, 64, 128, 512, 4096), (1, 16, 256, 4096)
 SMALL = {"whole blocks": (256, 512), "edge blocks": (300, 200)}         # for CPUs
-CALLS = 20                                                              # in one CUDA graph
+CALLS = 20                                                              # in one CUDA graph, at least
 
 # ------------------------------------------------------------------------------------------------------------
 # The competitors

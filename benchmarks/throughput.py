@@ -4,12 +4,13 @@
     python benchmarks/throughput.py --ckpt-path DIR                         a HuggingFace folder
 
 Every figure is a median over rounds, in each of which all take their turn at each task; of a round of
-decoding it is the median step. All are greedy: ours through generate(), transformers and llama.cpp as bare
-forward passes; rows have prompts of their own, so that they choose experts of their own. Reading bandwidth
-(of a GPU: copying, bytes read and written) and GEMM peak are measured in the same rounds: what a step must
-read, over the first, and what a prompt must multiply, over the second, are the limits. Load time (without
-imports) and peak memory are those of fresh processes that load from the file cache and take a step on a CPU;
-on a GPU, and without Linux, neither is measured, and random weights are made where they stay.
+decoding it is the median step. Tokens are greedy (llama.cpp's a fixed one): ours through generate(),
+transformers and llama.cpp as bare forward passes; rows have prompts of their own, so that they choose experts
+of their own. Reading bandwidth (of a GPU: copying, bytes read and written) and GEMM peak are measured in the
+same rounds: what a step must read, over the first, and what a prompt must multiply, over the second, are the
+limits. Load time (without imports) and peak memory are those of fresh processes that load from the file cache
+and take a step on a CPU; on a GPU, and without Linux, neither is measured, and random weights are made where
+they stay.
 """
 import argparse
 import functools

@@ -10,9 +10,10 @@
 
 Data files have the layout in which each set is published, as JSONL, CSV or parquet; nothing is fetched. No
 generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are R1's:
-temperature 0.6, top-p 0.95, 32,768 tokens and no system prompt are its report's, which has 4 to 64 samples,
-64 its README's (LiveCodeBench: 16). Questions and prompts are in tasks.py, how answers are graded in
-grading.py. Times and dates stay out of all files: the same seed gives the same bytes.
+temperature 0.6, top-p 0.95, 32,768 tokens and no system prompt are its report's, which has 4 to 64 samples;
+64 are its README's (LiveCodeBench: 16, as its users take). Questions and prompts are in tasks.py, how answers
+are graded in grading.py. Times and dates stay out of all files: without --api, the same run with the same
+seed gives the same bytes.
 """
 import argparse
 import hashlib
@@ -165,7 +166,7 @@ def sample_from_api(args: argparse.Namespace, plan: Protocol, results: Results, 
 
     def work(pair: tuple[int, int]) -> dict:
         index, sample = pair
-        seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # with one for all, all were equal
+        seed = int(sha256(f"{args.seed} {index} {sample}")[:7], 16)     # one for all would make all equal
         answer = complete(args, prompts[index], seed)
         return {"index": index, "sample": sample, "prompt": prompts[index], **answer}
 

@@ -47,12 +47,12 @@ def last_box(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             inside = text[start:start + match.start()]
-            blanks = re.match(r"(?:\s\\?(?!\\))*", inside[::-1])       # "\ " is one, too; forwards it were
-            return inside[:len(inside) - blanks.end()].strip() or None      # quadratic
+            blanks = re.match(r"(?:\s\\?(?!\\))*", inside[::-1])       # "\ " is one, too; forwards it would
+            return inside[:len(inside) - blanks.end()].strip() or None      # take quadratic time
     return None
 
 
-# A letter ends where no word goes on; a small one, or it were the word "a", where the line ends.
+# A letter ends where no word goes on; a small one, lest it be the word "a", only where the line ends.
 ANSWER = re.compile(r"(?im)Answer([ \t*]*:(?:[ \t*$({\\]|\\(?:text|math|boxed)\w*)*)"
                     r"((?-i:[A-D])(?!\w)|[a-d](?=[\W_]*$))")
 LETTER = re.compile(r"(?i)\(?([A-D])(?:[).:]|$)")
@@ -121,8 +121,8 @@ def integer(answer: str) -> int | None:
 class MathVerifier:
     """math-verify in a worker process, which is replaced when a pair takes it more CPU time than `seconds`.
 
-    An answer without a verdict, in time or because of a crash, is in `hung`: wrong, equal only to itself, and
-    not tried again.
+    An answer that got no verdict, for lack of time or by a crash, is in `hung`: wrong, equal only to itself,
+    and not tried again.
     """
 
     def __init__(self, seconds: float = 10.0):
@@ -227,7 +227,7 @@ def grader_version(kind: str) -> dict[str, str]:
 
 
 def pass_at(c: int, k: int, j: int) -> float:
-    """Chance that one of j samples, drawn from k of which c are right, is right (arXiv 2107.03374)."""
+    """Chance that of j samples, drawn from k of which c are right, at least one is (arXiv 2107.03374)."""
     return 1 - math.comb(k - c, j) / math.comb(k, j)
 
 
@@ -258,7 +258,7 @@ def formula_errors(p: np.ndarray, k: int) -> Errors:
 def bootstrap_errors(p: np.ndarray, k: int, draws: int = 10_000, seed: int = 0) -> Errors:
     """The same by drawing again, on two levels: the samples of each question, and the questions.
 
-    A resample's spread is short by (k - 1) / k, or (n - 1) / n, which is made up for.
+    A resample's variance is short by (k - 1) / k, or (n - 1) / n, which is made up for.
     """
     rng, n = np.random.default_rng(seed), len(p)
     samples = rng.binomial(k, p, (draws, n)).mean(1) / k

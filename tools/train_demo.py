@@ -15,9 +15,9 @@ there and run here, proves ours once more. What V3 does in training is done here
                 gradients), so that what is stored is what was trained
 
 The data are tools/demo_task.py's problems in R1's format, some with earlier turns before them; the loss
-counts what the model has to write. Step i depends on the seed and i alone, so an interrupted run continues
-exactly. The same machine, versions and number of processes give the same file; other processors sum in
-another order.
+counts what the model has to write. The data of step i depend on the seed and i alone, so an interrupted run
+continues exactly. The same machine, versions and number of processes give the same file; other processors sum
+in another order.
 """
 import argparse
 import hashlib
