@@ -99,13 +99,19 @@ def path_of(part: Part, model: Transformer) -> Path:
     sources = [here.with_name(name).read_bytes() for name in names]
     weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
     what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg,
-            len(part.inputs[0]), weights)
+            len(part.inputs[0]), weights, settings(part.call.args[0]))
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-r1"
     except RuntimeError:
         raise OSError("--compile finds no home folder to keep its results in; name a place in the variable "
                       "XDG_CACHE_HOME") from None
     return folder / (hashlib.sha256(repr(what).encode()).hexdigest()[:32] + ".pt2")
+
+
+def settings(block: nn.Module) -> list[tuple]:
+    """What is written into a part's code: the kinds and numbers of its modules, which somebody may change."""
+    return [(name, type(m), *((key, value) for key, value in vars(m).items() if not key.startswith("_")))
+            for name, m in block.named_modules()]
 
 
 def compiler() -> str:

@@ -267,7 +267,7 @@ class Checkpoint:
         self.files = self._list_files()
         self.where: dict[str, Path] = {}            # tensor -> the file that holds it
         self.notes: list[str] = []                  # what a plan leaves out, and why
-        self._headers: dict[Path, dict] = {}
+        self._headers: dict[tuple, dict] = {}       # by file and time: one may be replaced meanwhile
 
     def _list_files(self) -> list[Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
@@ -291,7 +291,8 @@ class Checkpoint:
     def header(self, file: Path) -> dict[str, tuple[torch.dtype, list[int], int]]:
         """Names, dtypes, shapes and places (bytes from the start) of the tensors in one file. ValueError if
         it is cut short or no safetensors file."""
-        if file not in self._headers:
+        key = file, file.stat().st_mtime_ns
+        if key not in self._headers:
             try:
                 with open(file, "rb") as f, safe_open(file, "pt"):      # the second checks for the first
                     length = int.from_bytes(f.read(8), "little")
@@ -299,9 +300,9 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: damaged or cut short, or not to be read ({error})") from None
             head.pop("__metadata__", None)
-            self._headers[file] = {key: (SAFETENSORS_DTYPES.get(t["dtype"], t["dtype"]), t["shape"],
-                                         8 + length + t["data_offsets"][0]) for key, t in head.items()}
-        return self._headers[file]
+            self._headers[key] = {name: (SAFETENSORS_DTYPES.get(t["dtype"], t["dtype"]), t["shape"],
+                                         8 + length + t["data_offsets"][0]) for name, t in head.items()}
+        return self._headers[key]
 
     def plan(self, model: Transformer, as_stored: bool = False) -> list[Entry]:
         """What `model`, one rank's part on the meta device, takes from this folder, checked from the headers.

@@ -46,10 +46,17 @@ def check(rt: Runtime) -> Runtime:
     return rt
 
 
+def check_model(model: Transformer) -> Runtime:
+    """model.rt; ValueError as `check`, and if the model has hooks, which compiled steps would not call."""
+    if model.rt.compile and any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        raise ValueError("compiled steps call no hooks: remove them, or load the model without compile")
+    return check(model.rt)
+
+
 def precompile(model: Transformer) -> None:
-    """With rt.compile, compile the layers of all steps now, so that no answer waits for it. ValueError: the
-    model has FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
-    rt = model.rt
+    """With rt.compile, compile the layers of all steps now, so that no answer waits for it. ValueError as
+    check_model, or of FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
+    rt = check_model(model)
     if not rt.compile:
         return
     for name, weight in model.named_parameters():
@@ -111,7 +118,8 @@ class Decoder:
     read before the next step, which uses its place again."""
 
     def __init__(self, model: Transformer):
-        self.model, self.cache, self.rt = model, Cache.allocate(model.cfg, model.rt), model.rt
+        self.model, self.rt = model, check_model(model)
+        self.cache = Cache.allocate(model.cfg, model.rt)
         self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}
         self.pool = None                                # memory of all graphs, of which one runs at a time

@@ -217,6 +217,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Collect
     """
     rt = model.rt
     check_lengths(prompts, max_new_tokens, rt)
+    if kept and (kept.decoder.model is not model or kept.decoder.rt != rt or rt.rows > 1):
+        raise ValueError("`kept` must be of this model, as it runs now, and of one row")
     waiting = deque(((i, 0) for i in range(len(prompts))) if wanted is None else wanted)
     draw = Draw(replace(sampling, seed=0), n_tokens, rt.tp)     # equal for all seeds, which share its graphs
     batch = Batch(kept.decoder if kept else Decoder(model), draw, kept, cancelled)

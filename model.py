@@ -221,6 +221,13 @@ class Runtime:
     prefill_chunk: int = 2048               # prompt tokens per forward pass; activations grow with this
     compile: bool = False                   # decode steps as C++ on a CPU, CUDA graphs on a GPU: decode.py
 
+    def __post_init__(self):
+        for name, value, known in (("device", type(self.device), [torch.device]),
+                                   ("dtype", self.dtype, DTYPES.values()),
+                                   ("fp8", self.fp8, ["gemm", "dequant", "bf16"])):
+            if value not in known:
+                raise ValueError(f"{name} is {value}; accepted: {', '.join(map(str, known))}")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Norm and rotary positions
@@ -713,7 +720,11 @@ class Transformer(nn.Module):
 
         Returns fp32 logits [b, s, vocab], or [b, last, vocab] for the last tokens only; the same on every
         rank. Rows may stand at different positions; all need s free slots in the cache that is passed.
+        ValueError: the cache has another number of rows.
         """
+        if len(tokens) != len(cache.lengths):
+            raise ValueError(f"tokens have {len(tokens)} rows, and the cache {len(cache.lengths)}: pass "
+                             f"cache.view(slice(0, {len(tokens)}), slots)")
         step = self.step(tokens.shape[1], cache.lengths, cache.layers[0][0].shape[1])
         x = self.embed(tokens)                                                  # [b, s, m]
         for block, layer_cache in zip(self.layers, cache.layers):

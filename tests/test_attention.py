@@ -169,6 +169,19 @@ def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
 
 
 @tiny.PROC
+def test_tokens_and_cache_have_as_many_rows(tmp_path):
+    tiny.write(tmp_path, tiny.qwen2())                          # which would broadcast them
+    model = tiny.load(tmp_path)
+    with pytest.raises(ValueError, match=r"tokens have 1 rows, and the cache 2: pass cache.view\(slice\(0, 1"):
+        model(TOKENS[:1], Cache.allocate(model.cfg, model.rt))
+
+
+@pytest.mark.parametrize("settings", [dict(device="cpu"), dict(dtype=torch.float64), dict(fp8="auto")])
+def test_a_runtime_of_unknown_kind_is_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*; accepted: "):
+        Runtime(**settings)
+
+
 def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
     cfg = load_config(ROOT / "configs/distill_llama_70b.json")
     before = resident()

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import run
 
 import kernel
@@ -150,6 +150,15 @@ def test_tensors_that_need_no_cast_cut_or_copy_stay_mapped_files(name, dtype, tm
                 total += tensor.nbytes
         assert total > 100_000
         assert checkpoint.mapped_bytes(rt) == (0 if "fp8" in name else total)
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    checkpoint, rt = Checkpoint(write(tmp_path, "qwen2")), Runtime(dtype=torch.float32)
+    before = load_model(checkpoint, rt).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt", "note": "n" * 400})
+    after = load_model(checkpoint, rt).state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
 @tiny.PROC

@@ -175,6 +175,26 @@ def test_multiply_and_sum_is_the_product(n, k, monkeypatch):
             torch.testing.assert_close(got / size, rows.double() @ exact[0].double().T, rtol=1e-5, atol=1e-4)
 
 
+def test_an_edited_model_has_compiled_parts_of_its_own_and_a_hooked_one_has_none(tmp_path):
+    tiny.write(tmp_path, tiny.deepseek())
+    model = tiny.load(tmp_path, compile=True)
+
+    def names() -> list[Path]:
+        return [compiled_parts.path_of(part, model) for part in compiled_parts.parts_of(model, 1)]
+    before = names()
+    assert before == names() and len(set(before)) == 3          # an MLP's layer, the two with experts, the head
+    model.layers[2].attn.scale *= 2
+    assert [a == b for a, b in zip(before, names(), strict=True)] == [True, True, False, True]
+    hook = model.layers[1].ffn.register_forward_hook(lambda *_: None)
+    for use in (decode.precompile, decode.Decoder):
+        with pytest.raises(ValueError, match="compiled steps call no hooks"):
+            use(model)
+    hook.remove()
+    model.rt = replace(model.rt, fp8="gemm")                    # no program has looked at this one
+    with pytest.raises(ValueError, match="--compile on a CPU goes with"):
+        decode.Decoder(model)
+
+
 def failing(work):
     """work(), whose failure is a RuntimeError, like Python's of a missing home, PyTorch's of a full disk."""
     try:

@@ -267,6 +267,11 @@ def test_the_next_turn_runs_only_what_follows_the_common_prefix(both):
     list(generate(model, [PROMPTS[1]], (), 8, Sampling(), wanted=[(0, 0), (0, 1)], kept=kept))
     turn = [*kept.tokens, 3]                # follows the second sample, which began in the first one's place
     assert complete(model, [turn], new=8, kept=kept) == complete(tiny.load(path), [turn], new=8)
+    with pytest.raises(ValueError, match="`kept` must be of this model"):
+        complete(tiny.load(path, rows=1, prefill_chunk=16), [turn], kept=kept)
+    model = tiny.load(path, rows=2)
+    with pytest.raises(ValueError, match="`kept` must be of .* one row"):       # rows have pasts of their own
+        complete(model, [turn], kept=Kept(Decoder(model)))
 
 
 def test_a_cancelled_call_stops_before_the_next_pass_and_leaves_a_cache_to_go_on_with(both):
