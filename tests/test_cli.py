@@ -363,7 +363,7 @@ def test_options_that_do_not_go_together_are_refused(args, word, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         generate.main(args)
     error = capsys.readouterr().err
-    assert ".py: error: " in error and word in error and error.count("\n") == 1
+    assert ": error: " in error and word in error and error.count("\n") == 1
 
 
 def test_an_output_file_is_never_the_input_and_never_half_there(folders, tmp_path, capsys, monkeypatch):
