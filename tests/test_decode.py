@@ -248,6 +248,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(tmp_path, monkeypatch, c
     assert decode.check(Runtime(fp8="gemm")) == Runtime(fp8="gemm")
     with pytest.raises(OSError, match="file: cannot be loaded; remove it, and --compile makes it anew: "):
         compiled_parts.load(tmp_path / "file")
+    monkeypatch.delenv("CXX")
     tiny.write(tmp_path, tiny.deepseek(hidden_size=130))
     tiny.quantise(tmp_path)
     told = "in fours, and layers.0.attn.wq_a.weight has 130 inputs; add --fp8 bf16"

@@ -445,7 +445,7 @@ def test_every_answer_is_a_sample_of_its_own(demo, monkeypatch):
     monkeypatch.setattr(generate.Cache, "allocate", lambda *_: None)
     monkeypatch.setattr(Keyboard, "line", Typed("1 + 2?", "/retry", "/retry", "3?").line)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-    model = type("Model", (), {"cfg": None, "rt": None})
+    model = type("Model", (), {"cfg": None, "rt": generate.Runtime()})
     generate.talk(model, job, generate.Ranks(generate.Shard(), None), Conversation(demo, 100, False),
                   Screen(demo, True))
     assert [which for _, which in wanted] == [[(0, 0)], [(0, 1)], [(0, 2)], [(0, 3)]]
