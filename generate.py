@@ -814,10 +814,9 @@ def main(argv: list[str] | None = None) -> int:
         if not memory.ran_out(error):
             raise
         hint = "; --resume goes on" * bool(args.output_file)
-        print(f"generate.py: error: rank {os.environ.get('RANK', 0)} ran out of memory: "
-              f"{(str(error) or repr(error))[:200]}; a smaller --batch-size or --prefill-chunk takes "
-              f"less{hint}", file=sys.stderr)
-        return 2
+        return complain("generate.py", f"rank {os.environ.get('RANK', 0)} ran out of memory: "
+                        f"{(str(error) or repr(error))[:200]}; a smaller --batch-size or --prefill-chunk "
+                        f"takes less{hint}")
 
 
 def end(program: Callable[[], int]) -> NoReturn:
@@ -829,8 +828,8 @@ def end(program: Callable[[], int]) -> NoReturn:
     except Exception as error:
         gone = isinstance(error, dist.DistError) or "by peer" in str(error)     # gloo has no type for it
         if gone and joined():
-            print(f"{Path(sys.argv[0]).name}: error: rank {os.environ.get('RANK')} lost another rank: "
-                  f"{str(error)[:200]}", file=sys.stderr)
+            complain(Path(sys.argv[0]).name,
+                     f"rank {os.environ.get('RANK')} lost another rank: {str(error)[:200]}")
             time.sleep(5)       # torchrun, whose report names whom it saw die first, ends this one meanwhile
         else:
             sys.excepthook(*sys.exc_info())

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 import memory  # noqa: E402
 from compiled import compiler  # noqa: E402
-from convert import Checkpoint, Parser, load_config, load_model  # noqa: E402
+from convert import Checkpoint, Parser, complain, load_config, load_model  # noqa: E402
 from decode import precompile  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from model import Config, Linear, Runtime, Transformer  # noqa: E402
@@ -510,8 +510,7 @@ def main(argv: list[str] | None = None) -> int:
         path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         plot(facts, f"{model} on {device}", path.with_suffix(".png"))
     except (ValueError, OSError) as error:
-        print(f"throughput.py: error: {error}", file=sys.stderr)
-        return 2
+        return complain("throughput.py", error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

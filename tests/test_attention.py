@@ -168,7 +168,6 @@ def test_cache_bytes_per_token_are_those_of_the_paper(name, n_bytes):
     assert Cache.allocate(cfg, Runtime(max_seq_len=2)).bytes_per_token() == n_bytes
 
 
-@tiny.PROC
 def test_tokens_and_cache_have_as_many_rows(tmp_path):
     tiny.write(tmp_path, tiny.qwen2())                          # which would broadcast them
     model = tiny.load(tmp_path)
@@ -182,6 +181,7 @@ def test_a_runtime_of_unknown_kind_is_refused(settings):
         Runtime(**settings)
 
 
+@tiny.PROC
 def test_the_cache_of_a_long_run_takes_no_memory_before_it_is_used():
     cfg = load_config(ROOT / "configs/distill_llama_70b.json")
     before = resident()

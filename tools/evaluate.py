@@ -11,7 +11,7 @@
 Data files have the layout in which each set is published, as JSONL, CSV or parquet; nothing is fetched. No
 generated code is executed: `import` writes what LiveCodeBench's own grader reads. Defaults are R1's:
 temperature 0.6, top-p 0.95, 32,768 tokens and no system prompt are its report's, which has 4 to 64 samples;
-64 are its README's (LiveCodeBench: 16, as its users take). Questions and prompts are in tasks.py, how answers
+64 are its README's (LiveCodeBench: 16, open-r1's). Questions and prompts are in tasks.py, how answers
 are graded in grading.py. Times and dates stay out of all files: without --api, the same run with the same
 seed gives the same bytes.
 """
