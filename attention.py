@@ -17,8 +17,6 @@ from kernel import triton
 if triton:
     import triton.language as tl
 
-QUERIES, SCORES = 512, 2 ** 23      # on a CPU at once, at most: queries times heads, and fp32 scores (32 MB)
-
 # ------------------------------------------------------------------------------------------------------------
 # 1. In PyTorch
 
@@ -34,55 +32,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor, sca
     q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
-        if torch.compiler.is_compiling() and q.device.type == "cpu" and not kernel.fp32_is_faster(q):
-            scores = kernel.matvec(k.float(), q[:, :, None]).mT                 # keys q^T [b, g, h/g, t]
-            o = (scores * scale + bias).softmax(dim=-1).to(v.dtype) @ v
-        else:
-            o = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-        return o.flatten(1, 2)[:, None]
-    if q.device.type != "cpu":
-        return attend_fused(q, k, v, bias, scale)
-    if q.shape[1] == k.shape[1] and kernel.fp32_is_faster(q):       # a first chunk: half of it is masked
-        padded = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))   # the fastest kernel wants v = d
-        o = attend_fused(q.float(), k.float(), padded.float(), bias, scale)
-        return o[..., :v.shape[-1]].to(q.dtype)
-    heads = zip(q.unbind(2), k.unbind(2), v.unbind(2))
-    return torch.cat([attend_head(*head, bias, scale) for head in heads], dim=2)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).flatten(1, 2)[:, None]
+    if kernel.fp32_is_faster(q):
+        return attend_fused(q.float(), k.float(), v.float(), bias.float(), scale).to(q.dtype)
+    return attend_fused(q, k, v, bias, scale)
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` by PyTorch's kernel, q [b, s, g, h/g, d]. With as many slots as queries, nothing came before
     them: then the mask is a plain triangle, and the fastest kernel does not read what that hides."""
-    first, shared = q.shape[1] == k.shape[1], q.shape[3] > 1
-    # It lets heads share keys without copies of them, but not in fp32 on a GPU
-    grouped = first and shared and (q.device.type == "cpu" or q.dtype != torch.float32)
+    first, shared, size = q.shape[1] == k.shape[1], q.shape[3] > 1, v.shape[-1]
+    if q.device.type == "cpu" and size < k.shape[-1]:               # there the fastest kernel wants v = d
+        v = F.pad(v, (0, k.shape[-1] - size))
+    # It lets heads share keys without copies of them, but on a GPU neither in fp32 nor with a mask
+    grouped = shared and (q.device.type == "cpu" or first and q.dtype != torch.float32)
     if shared and not grouped:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]
     q = q.flatten(2, 3).transpose(1, 2)                                                     # [b, h, s, d]
     o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale,
                                        enable_gqa=grouped)
-    return o.transpose(1, 2)                                                                # [b, s, h, v]
-
-
-def attend_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """`attend` for the queries [b, s, h/g, d] of one key/value head [b, t, d], [b, t, v], on a CPU.
-
-    Written out, because PyTorch's kernel is slower where it reads a mask, and where CPUs multiply bf16.
-    Queries go in blocks, so that scores take little memory, and leave out keys that all of a block mask.
-    """
-    dtype, s, t = q.dtype, q.shape[1], k.shape[1]
-    q, k, v = q.float(), k.float(), v.contiguous()
-    size = max(1, min(QUERIES, SCORES // t) // q.shape[2])                      # queries of each head
-    o = []
-    for start in range(0, s, size):
-        block, end = q[:, start:start + size], min(t - s + start + size, t)     # its last query is at end - 1
-        scores = kernel.matmul_fp32(block.flatten(1, 2), k[:, :end].mT, dtype)
-        scores = scores.unflatten(1, block.shape[1:3])                          # [b, size, h/g, end]
-        scores = torch.add(bias[:, 0, start:start + size, None, :end], scores, alpha=scale)
-        weights = scores.softmax(dim=-1).to(dtype)
-        o.append(kernel.matmul(weights.flatten(1, 2), v[:, :end]).unflatten(1, block.shape[1:3]))
-    return torch.cat(o, dim=1)                                                  # [b, s, h/g, v]
+    return o[..., :size].transpose(1, 2)                                                    # [b, s, h, v]
 
 
 def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Tensor, scale: float) -> Tensor:
@@ -92,7 +62,7 @@ def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Ten
     if can_attend_one(q, one_head[..., :c]):
         return attend_one(q, one_head, one_head[..., :c], positions, scale)
     queries = q.flatten(1, 2)                   # as those of one head, so that keys are read once
-    if kernel.fp32_is_faster(q):
+    if kernel.device_kind(q.device) == "cpu":
         bias, keys = bias.repeat_interleave(q.shape[2], dim=2), keys[:, None]               # [b, 1, t, c+r]
         o = F.scaled_dot_product_attention(queries[:, None], keys, keys, bias, scale=scale)[:, 0, :, :c]
     else:

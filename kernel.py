@@ -287,20 +287,6 @@ def fp32_is_faster(x) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
 
 
-def matmul_fp32(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in fp32, of fp32 matrices that were converted from `dtype`, on a CPU.
-
-    Numbers that were bf16 may be multiplied as bf16 again: nothing is lost, sums are fp32, and CPUs with bf16
-    instructions run at twice their fp32 speed. PyTorch has no bf16 product with fp32 results here.
-    """
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16" if dtype == torch.bfloat16 else "ieee"
-    try:
-        return a @ b
-    finally:
-        settings.fp32_precision = before
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. What runs where: decided here, by capability. FP8_PATH=torch, triton or scaled_mm overrules it, where the
 # device is able to.

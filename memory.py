@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 import kernel
-from attention import QUERIES, SCORES
 from model import Cache, Config, Runtime, Transformer
 
 GIB = 2 ** 30
@@ -107,16 +106,16 @@ def activations(model: Transformer, rt: Runtime) -> int:
     else:
         qk, v, kv_heads = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         projected, expanded = s * qk * (4 * heads + 4 * kv_heads), 0
-    # attention.attend: on a GPU keys and values for every head; on a CPU one head's in fp32, a block of
-    # scores; or, without bf16 products, a first chunk's queries, keys, values and results in fp32, and one
-    # more copy
-    scores = min(min(QUERIES, s * heads // kv_heads) * t, SCORES)
-    block = (4 * qk * (t + s * heads // kv_heads) + scores * (size + 8)) // size + t * v
-    triangle = s * heads * qk * 5 * 4 // size if kernel.fp32_is_faster(rt) else 0
-    attention = expanded + max(t * heads * (qk + v) * (kv_heads < heads), block, triangle)
+    # attention.attend: keys and values for every head, on a CPU in the order in which it multiplies bf16;
+    # without bf16 products instead queries, keys, values, mask and result in fp32
+    if kernel.fp32_is_faster(rt):
+        copies = (2 * s * heads * qk + t * kv_heads * (2 * qk + v) + s * t) * 4 // size
+    else:
+        copies = t * heads * (qk + v) * (kv_heads < heads or rt.device.type == "cpu")
+    attention = expanded + copies
     if cfg.mla:
         limit = model.layers[0].attn.absorb_up_to
-        score = size if kernel.fp32_is_faster(rt) else 3 * 4    # the mask for each head; or scores in fp32
+        score = size if rt.device.type == "cpu" else 3 * 4      # the mask for each head; or scores in fp32
         absorbed = max(rt.rows, min(s, limit)) * heads * t * score // size
         attention = max(absorbed, attention if s > limit else 0)
     attention += projected

@@ -79,8 +79,8 @@ def test_rotation_is_done_in_fp32_and_rounded_once():
 
 
 def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
-    """On both kinds of CPUs. PyTorch's kernel keeps scores in fp32, too, so that only weights and result are
-    rounded (2^-9 each); scores in bf16 alone cost more."""
+    """On a CPU and, where it is written out, on a GPU. PyTorch's kernel for CPUs keeps scores in fp32, too, so
+    that only weights and result are rounded (2^-9 each); scores in bf16 alone cost more."""
     attention = MLA(TINY, HALF)
     q_nope, q_pe = 8 * noise(2, 3, 4, 64).bfloat16(), 8 * noise(2, 3, 4, 64, seed=1).bfloat16()
     latents, w = noise(2, 9, 128, seed=2).bfloat16(), (noise(512, 64, seed=3) / 8).bfloat16()
@@ -95,10 +95,10 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
 
     scores = torch.einsum("bshc,btc->bhst", q, latents)
     weights = (scores.float() * attention.scale).softmax(-1).bfloat16()
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
-    assert torch.equal(attention._absorbed(q_nope, q_pe, latents, step), after(weights))
+    with monkeypatch.context() as gpu:
+        gpu.setattr(kernel, "device_kind", lambda device: "sm_80")
+        assert torch.equal(attention._absorbed(q_nope, q_pe, latents, step), after(weights))
     assert not torch.equal(weights, (scores * attention.scale).softmax(-1))     # what bf16 would have given
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
     exact = torch.einsum("bshc,btc->bhst", q.double(), latents.double())
     exact = after((exact * attention.scale).softmax(-1))
     for result, close in ((attention._absorbed(q_nope, q_pe, latents, step), True), (after(weights), False)):
