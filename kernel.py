@@ -260,19 +260,21 @@ def stored(x: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
     single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
-    converted at a time."""
+    converted at a time. On a CPU few x in bf16 go as W x^T: BLAS is faster with the longer side on the left.
+    """
     rows = x.shape[:-1].numel()
     if few(x):
         y = matvec(x, w)
-    elif rows <= 4 or not fp32_is_faster(x):    # so few rows wait for W, either way
-        return F.linear(x, w, bias)
-    else:
+    elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way
         x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
         size = 1024 if w.shape[1] <= 4096 else 256          # in fp32 29 MB at most, for Llama-70B's w2
         for part, out in zip(w.split(size), y.split(size, dim=1)):
-            # for few rows W x^T, as BLAS is faster with the longer side on the left
             out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)
         y = y.unflatten(0, x.shape[:-1])
+    elif MULTIPLIES_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and 4 < rows <= 128:
+        y = (w @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+    else:
+        return F.linear(x, w, bias)
     return y if bias is None else y + bias
 
 
