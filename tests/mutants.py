@@ -196,6 +196,8 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
      "test_rounding"),
     ("W x^T leaves out the last part of a matrix", "kernel.py",
      "@ x32.T).T if", "@ x32.T).T * (len(part) == size) if", "test_rounding"),
+    ("for AMX all rows get the first one's product", "kernel.py",
+     "(w @ x2.T).T", "(w @ x2[:1].expand_as(x2).T).T", "test_rounding"),
     ("the quarters of a compiled product are joined in reverse", "kernel.py",
      "for row in rows for part in parts]", "for row in rows for part in parts[::-1]]",
      "test_decode::test_multiply_and_sum_is_the_product"),

@@ -118,3 +118,17 @@ def test_bf16_multiplied_in_fp32_is_rounded_once(rows, n, k, monkeypatch):
         assert result.dtype == torch.bfloat16 and result.shape == exact.shape
         assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
     assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 100)])
+def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
+    """As W x^T; a row as W x. The tolerance is that of the test above; the bias is added to a rounded sum."""
+    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
+    monkeypatch.setattr(kernel, "AMX", True)
+    x, w, bias = noise(*shape, 700).bfloat16(), noise(301, 700, seed=1).bfloat16(), noise(301, seed=2).bfloat16()
+    exact = x.double() @ w.double().T
+    slack = 700 * 2 ** -24 * (x.double().abs() @ w.double().abs().T)
+    result = kernel.linear(x, w)
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
+    assert torch.equal(kernel.linear(x, w, bias), result + bias)
