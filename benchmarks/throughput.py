@@ -496,8 +496,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.load_only:
         load_only(args.load_only, args.ckpt_path, args.device)
         return 0
-    device = torch.cuda.get_device_name() if args.device == "cuda" else (
-        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} CPU cores")
+    kind = "AMX" if kernel.AMX else torch.backends.cpu.get_cpu_capability()
+    cores = f"{torch.get_num_threads()} {kind} CPU cores"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else cores
     try:
         model = args.config.stem if args.config else args.ckpt_path.resolve().name
         stem = args.name or f"throughput_{model}_{device}".replace(" ", "_").replace("/", "_")

@@ -125,7 +125,7 @@ def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
     """As W x^T; a row as W x. The tolerance is that of the test above; the bias is added to a rounded sum."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "AMX", True)
-    x, w, bias = noise(*shape, 700).bfloat16(), noise(301, 700, seed=1).bfloat16(), noise(301, seed=2).bfloat16()
+    x, w, bias = (noise(*size, seed=i).bfloat16() for i, size in enumerate(((*shape, 700), (301, 700), (301,))))
     exact = x.double() @ w.double().T
     slack = 700 * 2 ** -24 * (x.double().abs() @ w.double().abs().T)
     result = kernel.linear(x, w)
