@@ -200,16 +200,16 @@ def start(folder, monkeypatch, capsys):
 
 def test_what_does_not_fit_is_refused_before_weights_are_read_and_what_is_advised_fits(start, folder):
     args = ["--input-file", folder / "prompts.txt", "--max-seq-len", 50_000, "--batch-size", 4]
-    code, error = start(450, *args)
+    code, error = start(300, *args)
     assert code == 2 and error.startswith("generate.py: error: 4 x 50000 tokens need ")
     assert error.count("\n") == 1
     total, *parts, free = map(float, re.findall(r"\d+\.\d+", error))
-    assert free == round(450 / 1024, 2) and abs(total - sum(parts)) < 0.02 and total > free
+    assert free == round(300 / 1024, 2) and abs(total - sum(parts)) < 0.02 and total > free
     length, rows = map(int, re.search(r"fits: --max-seq-len (\d+) or --batch-size (\d+)\n", error).groups())
-    assert start(450, *args, "--batch-size", rows)[0].rows == rows
-    assert start(450, *args, "--batch-size", rows + 1)[0] == 2
-    assert start(450, *args, "--max-seq-len", length)[0].max_seq_len == length
-    assert start(450, *args, "--max-seq-len", length + 1)[0] == 2
+    assert start(300, *args, "--batch-size", rows)[0].rows == rows
+    assert start(300, *args, "--batch-size", rows + 1)[0] == 2
+    assert start(300, *args, "--max-seq-len", length)[0].max_seq_len == length
+    assert start(300, *args, "--max-seq-len", length + 1)[0] == 2
     code, error = start(1, *args)
     assert code == 2 and "what fits: nothing" in error
     (folder / "long.txt").write_text("a" * 20_000)              # whose length no advice may fall short of
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read_and_what_is_advise
 
 
 def test_what_the_user_left_open_is_made_to_fit(start, folder):
-    rt, error = start(450, "--input-file", folder / "prompts.txt", "--max-seq-len", 50_000)
+    rt, error = start(300, "--input-file", folder / "prompts.txt", "--max-seq-len", 50_000)
     assert 1 <= rt.rows < 4 and f"memory holds {rt.rows} completions at a time, not 4" in error
     rt, error = start(100, "--interactive")
     assert 2048 <= rt.max_seq_len < 40_960
