@@ -49,7 +49,7 @@ def complete(model, prompts=PROMPTS, new=30, sampling=Sampling(temperature=0)) -
 def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeypatch):
     """A prompt of 500 tokens crosses from the bucket of 512 slots into the next one. Layers are compiled in
     test_gpu.py, not here, but must get whole buffers: a compiler's copy of a part has other strides."""
-    def fuse(function, tune, ranks):
+    def fuse(function, *_):
         def layer(block, x, step, cache):
             assert all(buffer.shape[1] == 600 for buffer in cache)      # whole, in a GPU's order or a CPU's:
             assert all(buffer.is_contiguous() or buffer.transpose(1, 2).is_contiguous() for buffer in cache)
@@ -68,7 +68,7 @@ def test_steps_on_static_buffers_equal_dynamic_ones(paths, family, rows, monkeyp
 def test_draws_of_all_seeds_share_a_graph(paths, monkeypatch):
     monkeypatch.setattr(Decoder, "compiled", Decoder.replayed)
     monkeypatch.setattr(Decoder, "captured", lambda self, step: step)
-    monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: function)
+    monkeypatch.setattr(decode, "fuse", lambda function, *_: function)
     model = tiny.load(paths / "dense", rows=1, compile=True)
     kept = Kept(Decoder(model))
     for sampling in (Sampling(seed=1), Sampling(seed=2)):
@@ -140,7 +140,7 @@ def test_what_is_compiled_for_a_gpu_before_the_first_answer_serves_all_lengths(p
     """Traced on a CPU, without code: another compilation would be an error."""
     torch._dynamo.reset()
     layers = torch.compile(Block.forward, backend="aot_eager")
-    monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: layers)
+    monkeypatch.setattr(decode, "fuse", lambda function, *_: layers)
     monkeypatch.setattr(decode, "make_parts", decode.compile_layers)        # as if it were no CPU
     model = tiny.load(paths / family, rows=rows, compile=True)
     decode.precompile(model)

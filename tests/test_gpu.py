@@ -6,9 +6,12 @@ numbers are exact; what tensor cores lose in sums of 128 is bounded by 2^-13 of 
 keep 14 bits), and bf16 results round by 2^-9: hence 4e-3 of the norm. fp32 products are in full precision
 (TF32 is off by default).
 """
+import re
+
 import pytest
 import tiny
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import attention
 import decode
@@ -117,7 +120,7 @@ def fresh(monkeypatch):
     """Each test compiles what it needs, without trying out tiles, which takes long."""
     torch._dynamo.reset()
     fuse = decode.fuse
-    monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: fuse(function, False, ranks))
+    monkeypatch.setattr(decode, "fuse", lambda function, tune, *rest: fuse(function, False, *rest))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_graphs_give_the_tokens_of_eager_steps(paths, family, fp8, fused, rows, 
     captured, capture = [], Decoder.captured
     monkeypatch.setattr(Decoder, "captured", lambda *args: (captured.append(args), capture(*args))[1])
     if not fused:
-        monkeypatch.setattr(decode, "fuse", lambda function, tune, ranks: function)
+        monkeypatch.setattr(decode, "fuse", lambda function, *_: function)
     for sampling in (Sampling(temperature=0), Sampling(1.0, 0.9, 3)):
         settings = dict(device=GPU, rows=rows, max_seq_len=600, fp8=fp8)
         eager, graphs = (tiny.load(paths[0] / family, **settings, compile=compile)
@@ -189,6 +192,18 @@ def test_fused_steps_give_the_logits_of_eager_ones(paths, family, tolerance, set
         decoder.cache.lengths -= 1
         expected, = decoder.eager(rows, 512, look)
         assert (logits - expected.cpu()).norm() <= tolerance * expected.norm()
+
+
+@triton_only
+@pytest.mark.parametrize("family, rows", [("dense", 1), ("dense", 3), ("llama", 1), ("moe", 1)])
+def test_kernels_that_overlap_wait_for_the_one_before(paths, family, rows):
+    """One that waits for nothing would let the next one read what the last but one has yet to write."""
+    model = tiny.load(paths[0] / family, device=GPU, rows=rows, max_seq_len=600, compile=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(decode.precompile, model)
+    kernels = re.findall(r"async_compile\.triton\('triton_\w+', '''(.*?)'''", "\n".join(codes), re.S)
+    overlap = family != "moe" and torch.cuda.get_device_capability() >= (9, 0)
+    assert kernels and all(("gdc_wait" in kernel) == overlap for kernel in kernels)
 
 
 @triton_only
