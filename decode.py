@@ -100,7 +100,7 @@ def fused_layers(model: Transformer, cache: Cache, tokens: Tensor, slots: int) -
     of layer serves any number of slots. Layers get the whole cache, and cut out the slots themselves: of a
     part the compiler makes a copy, which attend_kernel would read at the strides of the original."""
     tune = len(tokens) == 1 and not model.cfg.fp8       # else cuBLAS and kernel.py read the weights
-    overlap = model.cfg.moe is None                     # the gate has kernels that read nothing
+    overlap = len(tokens) == 1 or not model.cfg.moe     # a plan for many tokens' experts begins with zeros
     run = fuse(Block.forward, tune, model.rt.tp.size, overlap)
     x, step = model.embed(tokens), model.step(1, cache.lengths, slots)
     torch._dynamo.maybe_mark_dynamic(step.bias, 3)

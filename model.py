@@ -622,7 +622,8 @@ class Gate(nn.Module):
         # so 2; which DeepSeek's code, and this, takes for any numbers
         votes = biased.topk(2, dim=-1).values.sum(-1)                           # [n, G]
         kept = votes.topk(moe.n_limited_groups, dim=-1).indices                 # [n, M]
-        dropped = torch.ones_like(votes, dtype=torch.bool).scatter(1, kept, False)      # [n, G]
+        groups = torch.arange(moe.n_expert_groups, device=x.device)             # [G]
+        dropped = (kept[..., None] != groups).all(1)                            # [n, G]
         # -inf, not 0: a negative bias may take a kept expert below 0, and it must still beat the dropped ones
         biased = biased.masked_fill(dropped[..., None], -math.inf).flatten(1)   # [n, e]
         experts = biased.topk(moe.n_activated_experts, dim=-1).indices          # V3 Eq. 16, not 14 [n, k]

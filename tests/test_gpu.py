@@ -195,15 +195,17 @@ def test_fused_steps_give_the_logits_of_eager_ones(paths, family, tolerance, set
 
 
 @triton_only
-@pytest.mark.parametrize("family, rows", [("dense", 1), ("dense", 3), ("llama", 1), ("moe", 1)])
-def test_kernels_that_overlap_wait_for_the_one_before(paths, family, rows):
+@pytest.mark.parametrize("family, rows, fp8", [
+    ("dense", 1, "dequant"), ("dense", 3, "dequant"), ("llama", 1, "dequant"), ("moe", 1, "dequant"),
+    ("fp8", 1, "dequant"), pytest.param("fp8", 1, "gemm", marks=fp8_only)])
+def test_kernels_that_overlap_wait_for_the_one_before(paths, family, rows, fp8):
     """One that waits for nothing would let the next one read what the last but one has yet to write."""
-    model = tiny.load(paths[0] / family, device=GPU, rows=rows, max_seq_len=600, compile=True)
+    model = tiny.load(paths[0] / family, device=GPU, rows=rows, max_seq_len=600, compile=True, fp8=fp8)
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(decode.precompile, model)
-    kernels = re.findall(r"async_compile\.triton\('triton_\w+', '''(.*?)'''", "\n".join(codes), re.S)
-    overlap = family != "moe" and torch.cuda.get_device_capability() >= (9, 0)
-    assert kernels and all(("gdc_wait" in kernel) == overlap for kernel in kernels)
+    kernels = re.findall(r"async_compile\.triton\('(triton_\w+)', '''(.*?)'''", "\n".join(codes), re.S)
+    waits = {name: "gdc_wait" in source for name, source in kernels}
+    assert set(waits.values()) == {torch.cuda.get_device_capability() >= (9, 0)}, waits
 
 
 @triton_only
