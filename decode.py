@@ -25,6 +25,9 @@ from compiled import compile_forward, compiler, make_parts
 from model import Block, Cache, Runtime, Transformer
 
 
+LEAST = 512     # slots of a cache for graphs: up to 256, one run of attend_one's, would be compiled anew
+
+
 def check(rt: Runtime) -> Runtime:
     """rt; ValueError if its `compile` cannot work here."""
     if rt.compile and rt.device.type == "cpu":
@@ -71,10 +74,10 @@ def precompile(model: Transformer) -> None:
 def compile_layers(model: Transformer, rows: int) -> None:
     """For steps of so many rows on a GPU: in a part of the cache and in all of it, which the compiler tells
     apart, lest an answer that gets to the last slots wait for it there."""
-    cache = Cache.allocate(model.cfg, replace(model.rt, rows=rows, max_seq_len=640))
+    cache = Cache.allocate(model.cfg, replace(model.rt, rows=rows, max_seq_len=LEAST + 128))
     tokens, name = torch.zeros_like(cache.lengths)[:, None], f"compile for {rows} row{'s' * (rows > 1)}"
     with tqdm(desc=name, bar_format="{desc}", disable=model.rt.tp.rank > 0), torch.inference_mode():
-        for slots in (512, 640):
+        for slots in (LEAST, LEAST + 128):
             fused_layers(model, cache, tokens, slots)
 
 
@@ -123,7 +126,8 @@ class Decoder:
 
     def __init__(self, model: Transformer):
         self.model, self.rt = model, check_model(model)
-        self.cache = Cache.allocate(model.cfg, model.rt)
+        self.slots = max(self.rt.max_seq_len, LEAST) if self.rt.compile else self.rt.max_seq_len
+        self.cache = Cache.allocate(model.cfg, replace(self.rt, max_seq_len=self.slots))
         self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}
         self.pool = None                                # memory of all graphs, of which one runs at a time
@@ -162,22 +166,22 @@ class Decoder:
     def compiled(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step with a forward pass in C++."""
         if rows not in self.forwards:
-            everything = self.cache.view(slice(0, rows), self.rt.max_seq_len)
+            everything = self.cache.view(slice(0, rows), self.slots)
             self.forwards[rows] = compile_forward(self.model, everything)
         tokens, *chances = self.read(rows)
-        slots = min(-(-slots // 64) * 64, self.rt.max_seq_len)
+        slots = min(-(-slots // 64) * 64, self.slots)
         return draw(self.forwards[rows](tokens, slots)[:, -1], *chances)
 
     def replayed(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step as a graph, captured when its power of two of slots is first needed."""
-        slots = min(max(512, 1 << (slots - 1).bit_length()), self.rt.max_seq_len)
+        slots = min(max(LEAST, 1 << (slots - 1).bit_length()), self.slots)
         if (rows, slots, draw) not in self.graphs:
             self.graphs[rows, slots, draw] = self.captured(lambda: self.fused(rows, slots, draw))
         return self.graphs[rows, slots, draw]()
 
     def fused(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """`eager`, with compiled layers."""
-        cache = self.cache.view(slice(0, rows), self.rt.max_seq_len)
+        cache = self.cache.view(slice(0, rows), self.slots)
         tokens, *chances = self.read(rows)
         x = fused_layers(self.model, cache, tokens, slots)
         return fuse(finish, False, self.rt.tp.size)(self.model, x, draw, *chances)
