@@ -24,7 +24,6 @@ import kernel
 from compiled import compile_forward, compiler, make_parts
 from model import Block, Cache, Runtime, Transformer
 
-
 LEAST = 512     # slots of a cache for graphs: up to 256, one run of attend_one's, would be compiled anew
 
 
@@ -86,11 +85,11 @@ def fuse(function: Callable, tune: bool, ranks: int, overlap: bool = False) -> C
     """The function, for a GPU: TorchInductor makes few kernels of its many, which round where the eager ones
     do, so that tokens stay the same but for ties. `tune` has it try out tiles: 2 % faster, twice the time to
     compile. That, and all that depends on a clock, stays out where ranks must choose the same experts.
-    With `overlap` a kernel starts while the one before it ends, on Hopper and later: 5 % faster. It waits for
+    With `overlap` a kernel starts while the one before it ends, from Hopper on: 5 % faster. It waits for
     that one at its first read, so a kernel that reads nothing must not come between two others."""
     options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True,
                "coordinate_descent_tuning": tune and ranks == 1, "deterministic": ranks > 1,
-               "triton.enable_pdl": overlap and ranks == 1}
+               "triton.enable_pdl": overlap and ranks == 1 and not torch.version.hip}
     for fact in (kernel.device_kind, kernel.n_processors):      # the compiler cannot look into these
         torch.compiler.assume_constant_result(fact)
     known = torch._inductor.list_options()              # 2.10 lacks one

@@ -205,7 +205,8 @@ def test_kernels_that_overlap_wait_for_the_one_before(paths, family, rows, fp8):
         _, codes = run_and_get_code(decode.precompile, model)
     kernels = re.findall(r"async_compile\.triton\('(triton_\w+)', '''(.*?)'''", "\n".join(codes), re.S)
     waits = {name: "gdc_wait" in source for name, source in kernels}
-    assert set(waits.values()) == {torch.cuda.get_device_capability() >= (9, 0)}, waits
+    able = torch.cuda.get_device_capability() >= (9, 0) and not torch.version.hip
+    assert set(waits.values()) == {able}, waits
 
 
 @triton_only
