@@ -49,7 +49,7 @@ MUTANTS = [     # description, file, original, replacement, file of tests (or te
     ("a short cache needs compiled layers of its own", "decode.py",
      "self.slots = max(self.rt.max_seq_len, LEAST) if self.rt.compile else self.rt.max_seq_len",
      "self.slots = self.rt.max_seq_len",
-     "test_decode::test_what_is_compiled_for_a_gpu_before_the_first_answer_serves_all_lengths[dense-1]"),
+     "test_decode::test_a_short_cache_needs_nothing_compiled_of_its_own[dense-1]"),
     ("a GPU's compiled layers get parts of the cache", "decode.py",
      "cache = self.cache.view(slice(0, rows), self.slots)",
      "cache = self.cache.view(slice(0, rows), slots)",

@@ -139,29 +139,39 @@ def test_a_compiled_model_says_the_same_and_compiles_once(paths, family, rows, t
 @pytest.mark.parametrize("family, rows", [("dense", 1), ("dense", 3), ("moe", 3)])
 def test_what_is_compiled_for_a_gpu_before_the_first_answer_serves_all_lengths(paths, family, rows,
                                                                                monkeypatch):
-    """Traced on a CPU, without code: another compilation would be an error. attend_kernel is left out."""
+    """Traced on a CPU, without code: another compilation would be an error."""
+    torch._dynamo.reset()
+    layers = torch.compile(Block.forward, backend="aot_eager")
+    monkeypatch.setattr(decode, "fuse", lambda function, *_: layers)
+    monkeypatch.setattr(decode, "make_parts", decode.compile_layers)        # as if it were no CPU
+    model = tiny.load(paths / family, rows=rows, compile=True)
+    decode.precompile(model)
+    for n, slots, room in itertools.product({1, rows}, (100, 512, 2048), (600, 2048)):
+        cache = Cache.allocate(model.cfg, replace(model.rt, max_seq_len=room))
+        with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+            view = cache.view(slice(0, n), room)
+            decode.fused_layers(model, view, torch.zeros(n, 1, dtype=torch.int64), min(slots, room))
+
+
+@pytest.mark.parametrize("family, rows", [("dense", 1), ("dense", 3), ("moe", 1)])
+def test_a_short_cache_needs_nothing_compiled_of_its_own(paths, family, rows, monkeypatch):
+    """As above, with a GPU's attend_one, but for the launch of its kernel."""
     class Kernel:
         def __getitem__(self, programs):
             return lambda *args, **settings: None
     torch._dynamo.reset()
-    layers = {Block.forward: torch.compile(Block.forward, backend="aot_eager")}
-    monkeypatch.setattr(decode, "fuse", lambda function, *_: layers.get(function, function))
-    monkeypatch.setattr(decode, "make_parts", decode.compile_layers)        # as if it were no CPU
+    compiled = {Block.forward: torch.compile(Block.forward, backend="aot_eager")}
+    monkeypatch.setattr(decode, "fuse", lambda function, *_: compiled.get(function, function))
+    monkeypatch.setattr(decode, "make_parts", decode.compile_layers)
     monkeypatch.setattr(Decoder, "compiled", Decoder.replayed)
     monkeypatch.setattr(Decoder, "captured", lambda self, step: step)
     monkeypatch.setattr(attention, "can_attend_one", lambda q, v: q.shape[1] == 1)
     monkeypatch.setattr(attention, "attend_kernel", Kernel(), raising=False)
     monkeypatch.setattr(attention, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
-    model = tiny.load(paths / family, rows=rows, compile=True)
+    model = tiny.load(paths / family, rows=rows, max_seq_len=100, compile=True)
     decode.precompile(model)
-    for n, slots, room in itertools.product({1, rows}, (512, 2048), (600, 2048)):
-        cache = Cache.allocate(model.cfg, replace(model.rt, max_seq_len=room))
-        with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
-            view = cache.view(slice(0, n), room)
-            decode.fused_layers(model, view, torch.zeros(n, 1, dtype=torch.int64), min(slots, room))
-    short = tiny.load(paths / family, rows=rows, max_seq_len=100, compile=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        Decoder(short).step([5] * rows, 50, lambda logits: (logits,))
+        Decoder(model).step([5] * rows, 50, lambda logits: (logits,))
 
 
 @pytest.mark.parametrize("n, k", [(256, 512), (48, 256), (300, 200), (64, 8960), (7, 4100)])
