@@ -27,6 +27,11 @@ from model import Block, Cache, Runtime, Transformer
 LEAST = 512     # slots of a cache for graphs: up to 256, one run of attend_one's, would be compiled anew
 
 
+def cache_slots(rt: Runtime) -> int:
+    """Slots of a decoder's cache."""
+    return max(rt.max_seq_len, LEAST) if rt.compile else rt.max_seq_len
+
+
 def check(rt: Runtime) -> Runtime:
     """rt; ValueError if its `compile` cannot work here."""
     if rt.compile and rt.device.type == "cpu":
@@ -125,7 +130,7 @@ class Decoder:
 
     def __init__(self, model: Transformer):
         self.model, self.rt = model, check_model(model)
-        self.slots = max(self.rt.max_seq_len, LEAST) if self.rt.compile else self.rt.max_seq_len
+        self.slots = cache_slots(self.rt)
         self.cache = Cache.allocate(model.cfg, replace(self.rt, max_seq_len=self.slots))
         self.given: list[Tensor] = []                   # tokens, then chances [rows], on the host
         self.graphs: dict[tuple, Callable] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import kernel
+from decode import cache_slots
 from model import Cache, Config, Runtime, Transformer
 
 GIB = 2 ** 30
@@ -52,7 +53,7 @@ declared = functools.cache(Transformer)         # R1 takes 0.1 s, and `largest` 
 
 def plan(cfg: Config, rt: Runtime) -> Plan:
     """Count what one rank holds and reads; rt gives device, ranks, dtype, rows and lengths."""
-    meta = replace(rt, device=torch.device("meta"))
+    meta = replace(rt, device=torch.device("meta"), max_seq_len=cache_slots(rt))
     model, cache = declared(cfg, replace(meta, rows=1, max_seq_len=1)), Cache.allocate(cfg, meta)
     tensors = dict(model.state_dict())
     if cfg.tie_embeddings:

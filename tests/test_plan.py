@@ -16,6 +16,7 @@ import torch
 
 import kernel
 from convert import load_config
+from decode import Decoder
 from model import Cache, Runtime, Shard
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,15 @@ def test_weights_and_cache_are_those_of_the_loaded_model(name, tmp_path):
         cache = Cache.allocate(model.cfg, model.rt)
         assert p.cache == sum(buffer.nbytes for layer in cache.layers for buffer in layer)
         assert p.cache == 300 * p.cache_per_token
+
+
+@pytest.mark.parametrize("slots", [100, 600])
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_cache_of_a_decoder_is_planned(tmp_path, slots, compile):
+    tiny.write(tmp_path, tiny.qwen2())
+    model = tiny.load(tmp_path, rows=3, max_seq_len=slots, compile=compile)
+    held = sum(buffer.nbytes for layer in Decoder(model).cache.layers for buffer in layer)
+    assert plan.plan(model.cfg, model.rt).cache == held
 
 
 def test_r1_takes_the_published_bytes_and_reads_what_37_billion_parameters_take():
