@@ -2,7 +2,8 @@
 
     attend          heads share keys and values in groups, or do not: GQA, and MLA's expanded form
     attend_latents  all heads share one key, of which the value is a part: MLA's absorbed form
-    attend_one      what both are when a GPU decodes: flash decoding, a Triton kernel
+    attend_runs     what both are when a CPU decodes, compiled: flash decoding
+    attend_one      what both are when a GPU decodes: the same, as a Triton kernel
 
 What attends to what, model.py says; nothing here is needed to understand it. Letters are model.py's, but d is
 a key's whole width (MLA: d + r or c + r) and v its value's (MLA: v or c).
@@ -29,6 +30,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor, sca
     """
     if can_attend_one(q, v):
         return attend_one(q, k, v, positions, scale)
+    if can_attend_runs(q):
+        return attend_runs(q, k, v, bias, scale)
     q = q.unflatten(2, (k.shape[2], -1))                                        # [b, s, g, h/g, d]
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
@@ -61,6 +64,8 @@ def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Ten
     one_head = keys[:, :, None]                                                 # [b, t, 1, c+r]
     if can_attend_one(q, one_head[..., :c]):
         return attend_one(q, one_head, one_head[..., :c], positions, scale)
+    if can_attend_runs(q):
+        return attend_runs(q, one_head, one_head[..., :c], bias, scale)
     queries = q.flatten(1, 2)                   # as those of one head, so that keys are read once
     if kernel.device_kind(q.device) == "cpu":
         bias, keys = bias.repeat_interleave(q.shape[2], dim=2), keys[:, None]               # [b, 1, t, c+r]
@@ -73,19 +78,46 @@ def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Ten
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Flash decoding on a GPU
+# 2. Flash decoding: one query a row. Keys are cut into runs, for which all processors work at once; each run
+# gives the softmax-weighted mean of its values and the log-sum-exp of its scores (lse).
+
+
+def join(parts: Tensor, lse: Tensor) -> Tensor:
+    """The mean over all runs: parts [..., runs, v], lse fp32 [..., runs] -> fp32 [..., v]."""
+    return (lse.softmax(-1)[..., None] * parts).sum(-2)
+
+
+def can_attend_runs(q: Tensor) -> bool:
+    """Not in eager steps: for few keys the plain form takes less time."""
+    return q.shape[1] == 1 and torch.compiler.is_compiling() and kernel.device_kind(q.device) == "cpu"
+
+
+def attend_runs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """`attend` for q [b, 1, h, d] and t a multiple of 16, on a CPU. PyTorch's kernel leaves a head's keys to
+    one thread, so there are runs enough for all threads. In MLA's absorbed form v is the front of k."""
+    (b, _, g, d), size = k.shape, v.shape[-1]
+    runs = 1 << min(4, max(1, torch.get_num_threads() // (b * g)).bit_length() - 1)     # 1, 2, 4, 8 or 16
+    if size < d:
+        v = k                                   # as the kernel wants v = d
+    q = q.reshape(b * g, 1, -1, d).expand(-1, runs, -1, -1)                     # [b * g, runs, h/g, d]
+    k, v = (x.transpose(1, 2).flatten(0, 1).unflatten(1, (runs, -1)) for x in (k, v))
+    mask = bias.reshape(b, 1, runs, 1, -1).expand(-1, g, -1, q.shape[2], -1).flatten(0, 1)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o, lse = attention(q, k, v, attn_mask=mask, scale=scale)            # [b * g, runs, h/g, d], [.., h/g]
+    lse = lse + mask[..., 0]        # where a run's first key is hidden, all are, and it counts for nothing
+    o = join(o[..., :size].transpose(1, 2), lse.transpose(1, 2))                        # [b * g, h/g, v]
+    return o.to(q.dtype).view(b, 1, -1, size)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v of one query a row, over the keys up to its position: flash decoding.
+    """softmax(scale q k^T) v of one query a row, over the keys up to its position, on a GPU.
 
     q [b, 1, h, d], k [b, t, g, d], v [b, t, g, v], positions [b, 1] int64 -> [b, 1, h, v]. In MLA's absorbed
-    form v is the front of k. Keys are cut into runs, for which all processors work at once; each gives the
-    softmax-weighted mean of its values and the log-sum-exp of its scores (lse). Keys past a row's end are not
-    read, and `positions` is read on the device: a graph for many slots is hardly slower than one for few.
+    form v is the front of k. Keys past a row's end are not read, and `positions` is read on the device: a
+    graph for many slots is hardly slower than one for few.
     """
     parts, lse = _launch_attend(q, k, v, positions, scale)                  # [b, h, runs, v], [b, h, runs]
-    return (lse.softmax(-1)[..., None] * parts).sum(-2).to(q.dtype)[:, None]
+    return join(parts, lse).to(q.dtype)[:, None]
 
 
 def can_attend_one(q: Tensor, v: Tensor) -> bool:

@@ -79,7 +79,7 @@ def make_parts(model: Transformer, rows: int) -> list[tuple[Callable, Part]]:
 
 def compile_forward(model: Transformer, cache: Cache) -> Callable:
     """forward(tokens [b, 1], slots) -> fp32 logits [b, 1, vocab], as Transformer.forward for all b rows and
-    the first slots of `cache`."""
+    the first slots of `cache`, a multiple of 64 like all of them."""
     calls = [(run, list(part.weights.values())) for run, part in make_parts(model, rows=len(cache.lengths))]
 
     def forward(tokens: Tensor, slots: int) -> Tensor:
@@ -129,7 +129,7 @@ def build(part: Part, path: Path) -> None:
     """Make the part's file, which appears when it is complete."""
     from torch._inductor import aoti_compile_and_package, exc       # takes seconds, which later starts save
     tensors = [*part.inputs, *part.weights.values()]
-    sizes = {name: torch.export.Dim(name, min=2) for name in ("slots", "room")}
+    sizes = {name: 64 * torch.export.Dim(name) for name in ("slots", "room")}       # decode.cache_slots
     open_axes = tuple({axis: sizes[name] for axis, name in part.open_axes.get(i, {}).items()}
                       for i in range(len(tensors)))
     try:

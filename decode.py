@@ -28,8 +28,8 @@ LEAST = 512     # slots of a cache for graphs: up to 256, one run of attend_one'
 
 
 def cache_slots(rt: Runtime) -> int:
-    """Slots of a decoder's cache."""
-    return max(rt.max_seq_len, LEAST) if rt.compile else rt.max_seq_len
+    """Slots of a decoder's cache: compiled steps read a multiple of 64."""
+    return max(-(-rt.max_seq_len // 64) * 64, LEAST) if rt.compile else rt.max_seq_len
 
 
 def check(rt: Runtime) -> Runtime:
@@ -173,8 +173,7 @@ class Decoder:
             everything = self.cache.view(slice(0, rows), self.slots)
             self.forwards[rows] = compile_forward(self.model, everything)
         tokens, *chances = self.read(rows)
-        slots = min(-(-slots // 64) * 64, self.slots)
-        return draw(self.forwards[rows](tokens, slots)[:, -1], *chances)
+        return draw(self.forwards[rows](tokens, -(-slots // 64) * 64)[:, -1], *chances)
 
     def replayed(self, rows: int, slots: int, draw: Callable) -> tuple[Tensor, ...]:
         """The step as a graph, captured when its power of two of slots is first needed."""

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import kernel
-from attention import attend, attend_fused, attend_latents
+from attention import attend, attend_fused, attend_latents, attend_runs
 from convert import load_config
 from model import Cache, Runtime
 
@@ -87,6 +87,26 @@ def test_attention_among_latents_is_its_formula(s, monkeypatch):
     for kind in ("cpu", "sm_80"):
         monkeypatch.setattr(kernel, "device_kind", lambda device: kind)
         result = attend_latents(q, keys, 96, bias, positions, scale)
+        assert result.shape == exact.shape and (result - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 6, 100])
+@pytest.mark.parametrize("rows, heads, groups, d, v", [(1, 5, 1, 128, 96), (2, 6, 2, 64, 64)])
+def test_attention_in_runs_is_its_formula(rows, heads, groups, d, v, threads, monkeypatch):
+    """In float64, as latents and as heads in a cache; at first a query sees a key, and most runs see none."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    q, k, values = (torch.randn(rows, n, size, generator=generator).unflatten(2, (heads_of, -1))
+                    for n, size, heads_of in ((1, heads * d, heads), (320, groups * d, groups),
+                                              (320, groups * v, groups)))
+    k, values = k[:, :256], k[:, :256, :, :v] if v < d else values[:, :256]
+    k64, v64 = (x.double().repeat_interleave(heads // groups, 2) for x in (k, values))
+    for position in (0, 40, 255):
+        positions = torch.tensor([position, 100])[:rows, None, None, None]
+        bias = torch.zeros(rows, 1, 1, 256).masked_fill(torch.arange(256) > positions, -torch.inf)
+        scores = 0.2 * torch.einsum("bshd,bthd->bhst", q.double(), k64) + bias
+        exact = torch.einsum("bhst,bthv->bshv", scores.softmax(-1), v64)
+        result = attend_runs(q, k, values, bias, 0.2)
         assert result.shape == exact.shape and (result - exact).norm() <= 1e-6 * exact.norm()
 
 
