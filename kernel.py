@@ -261,10 +261,12 @@ def stored(x: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
     single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
-    converted at a time; with AMX up to 128 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times.
+    converted at a time; with AMX up to 128 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times,
+    also than what is compiled, for more than 4 of them.
     """
     rows = x.shape[:-1].numel()
-    if few(x):
+    tiles = AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows <= 128
+    if few(x) and not (tiles and rows > 4):
         y = matvec(x, w)
     elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way
         x32, y = x.float().flatten(0, -2), x.new_empty(rows, len(w))
@@ -273,7 +275,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
             # for few rows W x^T, as BLAS is faster with the longer side on the left
             out.copy_((part.float() @ x32.T).T if rows <= 256 else x32 @ part.float().T)
         y = y.unflatten(0, x.shape[:-1])
-    elif AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows <= 128:
+    elif tiles:
         x2 = x.flatten(0, -2)
         y = torch.mv(w, x2[0])[None] if rows == 1 else (w @ x2.T).T
         y = y.unflatten(0, x.shape[:-1])
