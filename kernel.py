@@ -216,27 +216,36 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
 
 
 def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
-    """Four codes of w are read as a number, and x meets them as four vectors, times their blocks' scales.
-
-    That number is a float, though not used as one, because PyTorch reads vectors of integers several times
-    slower; `clamp`, which changes no float, makes that choice stay. NaN codes do not become NaN here.
-    """
+    """Four codes of w are read as a number, and x meets them as four vectors, times their blocks' scales. One
+    pass goes through the quarters of all blocks, as in `matvec`. NaN codes do not become NaN here."""
     n, rest, shared = w.shape[-2], w.shape[-2] % BLOCK, w.dim() == 2
     if rest < n and rest:                               # the last block of rows is a ragged one
         parts = [(w[..., :n - rest, :], scale[..., :-1, :]), (w[..., n - rest:, :], scale[..., -1:, :])]
         return torch.cat([matvec_fp8(x, *part, ids) for part in parts], dim=-1)
     w = w.view(torch.float32)                                                               # [..., n, k/4]
     w, scale = (w, scale) if ids is None else (w[ids], scale[ids])
-    w = w.clamp(min=torch.finfo(w.dtype).min).view(torch.int32).unflatten(-2, (scale.shape[-2], -1))
-    codes = [w << shift >> 4 & -0x78100000 for shift in (24, 16, 8, 0)]     # seeeemmm, as s0000eeeemmm0...:
-    codes = [code.view(torch.float32) for code in codes]                    # 2^-120 w [..., nb, 128, k/4]
+    w = w.unflatten(-2, (scale.shape[-2], -1))                                      # [..., nb, 128, k/4]
     scale = scale.repeat_interleave(BLOCK, -1)[..., :x.shape[-1]] * 2.0 ** 60               # [..., nb, k]
     x4 = (x.float()[..., None, :] * scale).unflatten(-1, (-1, 4)).movedim(-1, 0)            # [4, .., nb, k/4]
     x4 = stored(x4.contiguous())[..., None, :]
     rows = x4.view(4, -1, *x4.shape[-3:]).unbind(1) if shared else [x4]
-    y = [sums(sum(x32 * code for x32, code in zip(row, codes))) for row in rows]            # [..., nb, 128]
+    quarters = w.shape[-2] % 4 == 0 and w.device.type == "cpu"
+    parts = [decoded(part) for part in w.chunk(max(1, 4 // len(rows)) if quarters else 1, dim=-2)]
+    y = [torch.cat([sums(sum(x32 * code for x32, code in zip(row, codes))) for codes in parts], dim=-1)
+         for row in rows]                                                                   # [..., nb, 128]
     y = (torch.stack(y).view(*x.shape[:-1], n) if shared else y[0].flatten(-2)) * 2.0 ** 60
     return y.to(x.dtype)                                # in two steps, so that nothing under- or overflows
+
+
+def decoded(w: Tensor) -> list[Tensor]:
+    """Each number's four codes, of values v: four times 2^-120 v, in fp32.
+
+    w is a float, though not used as one, because PyTorch reads vectors of integers several times slower;
+    `clamp`, which changes no float, makes that choice stay.
+    """
+    w = w.clamp(min=torch.finfo(w.dtype).min).view(torch.int32)
+    codes = [w << shift >> 4 & -0x78100000 for shift in (24, 16, 8, 0)]     # seeeemmm, as s0000eeeemmm0...
+    return [code.view(torch.float32) for code in codes]
 
 
 def few(x: Tensor) -> bool:
