@@ -208,9 +208,7 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
         return matvec_fp8(x, w, scale, ids)
     w, x32 = w if ids is None else w[ids], stored(x.float())
     rows = x32.view(-1, x.shape[-1]).unbind() if w.dim() == 2 else [x32[..., None, :]]
-    quarters = w.shape[-2] % 16 == 0 and w.device.type == "cpu"
-    parts = w.chunk(max(1, 4 // len(rows)) if quarters else 1, dim=-2)
-    parts = [part.float() for part in parts]
+    parts = [part.float() for part in streams(w, len(rows))]
     y = torch.cat([sums(row * part) for row in rows for part in parts], dim=-1).to(x.dtype)
     return y.view(*x.shape[:-1], -1) if w.dim() == 2 else y
 
@@ -229,12 +227,17 @@ def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tenso
     x4 = (x.float()[..., None, :] * scale).unflatten(-1, (-1, 4)).movedim(-1, 0)            # [4, .., nb, k/4]
     x4 = stored(x4.contiguous())[..., None, :]
     rows = x4.view(4, -1, *x4.shape[-3:]).unbind(1) if shared else [x4]
-    quarters = w.shape[-2] % 4 == 0 and w.device.type == "cpu"
-    parts = [decoded(part) for part in w.chunk(max(1, 4 // len(rows)) if quarters else 1, dim=-2)]
+    parts = [decoded(part) for part in streams(w, len(rows))]
     y = [torch.cat([sums(sum(x32 * code for x32, code in zip(row, codes))) for codes in parts], dim=-1)
          for row in rows]                                                                   # [..., nb, 128]
     y = (torch.stack(y).view(*x.shape[:-1], n) if shared else y[0].flatten(-2)) * 2.0 ** 60
     return y.to(x.dtype)                                # in two steps, so that nothing under- or overflows
+
+
+def streams(w: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """The parts of w [..., n, k] through which one pass goes side by side, for so many rows of x."""
+    together = w.shape[-2] % 16 == 0 and w.device.type == "cpu"
+    return w.chunk(max(1, 4 // rows) if together else 1, dim=-2)
 
 
 def decoded(w: Tensor) -> list[Tensor]:
