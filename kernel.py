@@ -277,7 +277,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     also than what is compiled, for more than 4 of them.
     """
     rows = x.shape[:-1].numel()
-    tiles = AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows <= 128
+    tiles = multiplies_tiles(x) and rows <= 128
     if few(x) and not (tiles and rows > 4):
         y = matvec(x, w)
     elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way
@@ -299,6 +299,17 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b, batched as @; in fp32 where that is faster: it holds products of bf16 numbers exactly."""
     return (a.float() @ b.float()).to(a.dtype) if fp32_is_faster(a) else a @ b
+
+
+def multiplies_tiles(x: Tensor) -> bool:
+    return AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def spare_rows(rows: int, x: Tensor) -> int:
+    """How many more rows than so many of x to multiply, to no other end than that fewer numbers of rows occur.
+    oneDNN compiles a product for each, 2 ms with AMX, whose tiles have 16 rows; where one row is no tile, 0.
+    """
+    return -rows % 16 if multiplies_tiles(x) and rows > FEW else 0
 
 
 def fp32_is_faster(x) -> bool:

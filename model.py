@@ -658,25 +658,34 @@ class MoE(nn.Module):
         else:
             y = torch.zeros_like(tokens, dtype=torch.float32)
         if self.grouped:
-            return (y + self._grouped(tokens, weights, experts)).to(x.dtype).view_as(x)
-        if torch.compiler.is_compiling():                   # decode: the host does not ask who was chosen
+            routed = self._grouped(tokens, weights, experts)                    # [n, m]
+        elif torch.compiler.is_compiling():                 # decode: the host does not ask who was chosen
             out = self.experts(tokens[:, None], experts)                        # [n, k, m]
-            return (y + (weights[..., None] * out).sum(1)).to(x.dtype).view_as(x)           # V3 Eq. 12
-        for expert in experts.unique().tolist():            # only experts that were hit are read
-            token, choice = torch.where(experts == expert)  # who chose it, and as which of its k
-            out = self.experts(tokens.index_select(0, token), expert)           # faster than tokens[token]
-            y.index_add_(0, token, weights[token, choice, None] * out)          # V3 Eq. 12
-        return y.to(x.dtype).view_as(x)
+            routed = (weights[..., None] * out).sum(1)                          # V3 Eq. 12 [n, m]
+        else:
+            routed = self._one_by_one(tokens, weights, experts)                 # [n, m]
+        return (y + routed).to(x.dtype).view_as(x)
+
+    def _one_by_one(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read."""
+        order = experts.flatten().argsort(stable=True)          # [n * k] choices, by expert
+        hit, counts = (t.tolist() for t in experts.unique(return_counts=True))
+        out = tokens.new_empty(len(order), tokens.shape[1])
+        for expert, choices, part in zip(hit, order.split(counts), out.split(counts)):
+            token = F.pad(choices // experts.shape[1], (0, kernel.spare_rows(len(choices), tokens)))
+            part.copy_(self.experts(tokens.index_select(0, token), expert)[:len(choices)])
+        out = out.index_select(0, order.argsort()).unflatten(0, experts.shape)  # [n, k, m], in tokens' order
+        return torch.bmm(weights[:, None], out.float())[:, 0]                   # V3 Eq. 12
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """The loop's sum [n, m]; its products take two launches, and the host need not know the choice."""
+        """The same sum; its products take two launches, and the host need not know the choice."""
         w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
         groups = kernel.group(experts, n_experts=len(w1.weight))                # slots [n * k], by expert
         gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens, self.ue8m0), [w1.weight, w3.weight],
                                            [w1.scale, w3.scale], groups, tokens.dtype)      # [n * k, f/P]
         inner = kernel.act_quant(F.silu(gate) * up, self.ue8m0)
         out, = kernel.grouped_fp8_gemm(*inner, [w2.weight], [w2.scale], groups, tokens.dtype)   # [n * k, m]
-        return (weights[..., None] * out.unflatten(0, weights.shape)).sum(1)    # V3 Eq. 12 [n, m]
+        return (weights[..., None] * out.unflatten(0, weights.shape)).sum(1)    # V3 Eq. 12
 
 
 # ------------------------------------------------------------------------------------------------------------
