@@ -42,6 +42,7 @@ BLOCK = 128        # the edge of a weight block, and the run of channels that sh
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
 FP8 = torch.float8_e4m3fn
 FEW = 8            # rows up to which products compiled for a CPU are a multiply-and-sum
+PIECE = 256        # rows up to which products are W x^T with AMX, if W lies in whole cache lines
 MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 AMX = MULTIPLIES_BF16 and torch.cpu._is_amx_tile_supported()        # Intel's units for products of tiles
 
@@ -274,10 +275,11 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
     single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
     converted at a time; with AMX up to 128 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times,
-    also than what is compiled, for more than 4 of them.
+    also than what is compiled, for more than 4 of them; and up to 256 if W lies in whole cache lines and has
+    three times as many rows.
     """
     rows = x.shape[:-1].numel()
-    tiles = multiplies_tiles(x) and rows <= 128
+    tiles = multiplies_tiles(x) and (rows <= 128 or rows <= min(PIECE, len(w) // 3) and in_lines(w))
     if few(x) and not (tiles and rows > 4):
         y = matvec(x, w)
     elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way
@@ -305,10 +307,22 @@ def multiplies_tiles(x: Tensor) -> bool:
     return AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
+def in_lines(w: Tensor) -> bool:
+    """Whether w begins with a cache line: a file may have it elsewhere, and then a tile's rows take two each.
+    Weights that are copied do, and convert.py's files are made so."""
+    return not torch.compiler.is_compiling() and w.data_ptr() % 64 == 0
+
+
+def in_pieces(x: Tensor, w: Tensor) -> bool:
+    """Whether an MLP of first matrix w is to take PIECE of many rows x at a time: then all three products
+    are W x^T, each in the order in which the next one reads it, and what is between them stays in a cache."""
+    rows = x.shape[:-1].numel()
+    return rows > PIECE and multiplies_tiles(x) and w.dtype == x.dtype and in_lines(w)
+
+
 def spare_rows(rows: int, x: Tensor) -> int:
-    """How many more rows than so many of x to multiply, to no other end than that fewer numbers of rows occur.
-    oneDNN compiles a product for each, 2 ms with AMX, whose tiles have 16 rows; where one row is no tile, 0.
-    """
+    """How many rows to add to so many of x, only that fewer numbers of rows occur: oneDNN compiles a product
+    for each, in 2 ms with AMX, whose tiles have 16 rows, so that those added cost nothing."""
     return -rows % 16 if multiplies_tiles(x) and rows > FEW else 0
 
 

@@ -592,6 +592,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:
         """x [..., m] -> this rank's partial sum [..., m]."""
+        if kernel.in_pieces(x, self.w1.weight):                 # a long prompt, on some CPUs
+            pieces = x.flatten(0, -2).split(kernel.PIECE)
+            return torch.cat([self(piece, expert) for piece in pieces]).view_as(x)
         inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)                 # [..., f/P]
         return self.w2(inner, expert)
 

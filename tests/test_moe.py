@@ -84,7 +84,10 @@ def moe() -> MoE:
     return made
 
 
-def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all():
+@pytest.mark.parametrize("spare", [0, 5])
+def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(spare, monkeypatch):
+    """Also when experts are given more rows than they need (kernel.spare_rows)."""
+    monkeypatch.setattr(kernel, "spare_rows", lambda rows, x: spare)
     layer = moe()
     weights, experts = layer.gate(X)
     dense = torch.zeros(500, 16, dtype=torch.float64).scatter(1, experts, weights.double())  # [n, e]
