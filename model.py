@@ -384,8 +384,9 @@ class Step:
 
 
 def all_reduce(x: Tensor, tp: Shard) -> Tensor:
-    """Sum the ranks' partial results, in place."""
+    """Sum the ranks' partial results."""
     if tp.size > 1:
+        x = x.contiguous()      # what is added is what lies in memory, in one order for all ranks
         dist.all_reduce(x)
     return x
 
@@ -592,11 +593,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:
         """x [..., m] -> this rank's partial sum [..., m]."""
-        if kernel.in_pieces(x, self.w1.weight):                 # a long prompt, on some CPUs
-            pieces = x.flatten(0, -2).split(kernel.PIECE)
-            return torch.cat([self(piece, expert) for piece in pieces]).view_as(x)
-        inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)                 # [..., f/P]
-        return self.w2(inner, expert)
+        def swiglu(x: Tensor) -> Tensor:
+            inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)             # [..., f/P]
+            return self.w2(inner, expert)
+        return kernel.by_pieces(swiglu, x, self.w1.weight)
 
 
 class Gate(nn.Module):
@@ -674,9 +674,11 @@ class MoE(nn.Module):
         order = experts.flatten().argsort(stable=True)          # [n * k] choices, by expert
         hit, counts = (t.tolist() for t in experts.unique(return_counts=True))
         out = tokens.new_empty(len(order), tokens.shape[1])
-        for expert, choices, part in zip(hit, order.split(counts), out.split(counts)):
-            token = F.pad(choices // experts.shape[1], (0, kernel.spare_rows(len(choices), tokens)))
-            part.copy_(self.experts(tokens.index_select(0, token), expert)[:len(choices)])
+        token = order // experts.shape[1]                       # [n * k] whose choice it is
+        for expert, chosen_by, part in zip(hit, token.split(counts), out.split(counts)):
+            if spare := kernel.spare_rows(len(part), tokens):
+                chosen_by = F.pad(chosen_by, (0, spare))
+            part.copy_(self.experts(tokens.index_select(0, chosen_by), expert)[:len(part)])
         out = out.index_select(0, order.argsort()).unflatten(0, experts.shape)  # [n, k, m], in tokens' order
         return torch.bmm(weights[:, None], out.float())[:, 0]                   # V3 Eq. 12
 

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import kernel  # noqa: E402
 import memory  # noqa: E402
 from compiled import compiler  # noqa: E402
-from convert import Checkpoint, Parser, complain, load_config, load_model  # noqa: E402
+from convert import Checkpoint, Parser, complain, convert, load_config, load_model  # noqa: E402
 from decode import precompile  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from model import Config, Linear, Runtime, Transformer  # noqa: E402
@@ -114,6 +114,16 @@ def quantise(model) -> None:
             pairs = [kernel.weight_quant(matrix) for matrix in w.view(-1, *w.shape[-2:])]
             q, scale = (torch.stack(part).view(*w.shape[:-2], *part[0].shape) for part in zip(*pairs))
             linear.weight, linear.scale = torch.nn.Parameter(q, requires_grad=False), scale
+
+
+class Converted(Ours):
+    """Ours from what convert.py makes of the folder: weights mapped to where AMX reads them faster."""
+
+    def __init__(self, folder: Path, device: str):
+        made = folder / "converted"
+        if not (made / "manifest.json").exists():
+            convert(Checkpoint(folder), made, 1)
+        super().__init__(made, device)
 
 
 class Transformers:
@@ -204,7 +214,8 @@ def write_gguf(cfg: Config, path: Path) -> None:
     file.close()
 
 
-ENGINES = {"ours": Ours, "ours compiled": functools.partial(Ours, compile=True),
+ENGINES = {"ours": Ours, "ours converted": Converted,
+           "ours compiled": functools.partial(Ours, compile=True),
            "ours compiled fp8": functools.partial(Ours, compile=True, fp8=True), "transformers": Transformers,
            "transformers fp32": functools.partial(Transformers, dtype=torch.float32), "llama.cpp": LlamaCpp}
 
@@ -376,14 +387,17 @@ def contenders(cfg: Config, device: str) -> list[str]:
         names -= {"llama.cpp"}
     if device == "cpu" and not shutil.which(compiler()):
         names -= {"ours compiled", "ours compiled fp8"}
+    if device != "cpu" or not kernel.AMX:
+        names -= {"ours converted"}
     if cfg.fp8:                                             # none of the others reads it; ours is FP8 already
         names &= {"ours", "ours compiled"}
     return [name for name in ENGINES if name in names]
 
 
 def takes_part(name: str, n: int, rows: int, new: int) -> bool:
-    """Compiled is decoding; reading would be measured twice. Batches are for those that have them in bf16."""
-    if "compiled" in name and new == 0 or name in ("llama.cpp", "ours compiled fp8") and rows > 1:
+    """Compiled is decoding, and converted is reading; the other would be measured twice. Batches are for those
+    that have them in bf16."""
+    if "compiled" in name and new == 0 or name == "ours converted" and new > 0 or name in ("llama.cpp", "ours compiled fp8") and rows > 1:
         return False
     return n < LONG or name == "ours compiled"
 

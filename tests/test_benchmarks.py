@@ -178,5 +178,6 @@ def test_nothing_is_measured_twice_and_nobody_is_asked_for_what_he_cannot():
     assert takes_part("ours compiled", 8000, 1, 128) and not takes_part("transformers", 8000, 1, 128)
     assert takes_part("ours compiled", 128, 8, 128) and not takes_part("ours compiled", 512, 1, 0)
     assert takes_part("ours compiled fp8", 128, 1, 128) and not takes_part("ours compiled fp8", 128, 8, 128)
+    assert takes_part("ours converted", 512, 1, 0) and not takes_part("ours converted", 128, 1, 128)
     assert takes_part("llama.cpp", 512, 1, 0) and not takes_part("llama.cpp", 128, 8, 128)
     assert all(takes_part(who, 2000, 8, 128) for who in ("ours", "transformers", "transformers fp32"))

@@ -13,7 +13,7 @@ import torch
 from rank_worker import logits, start, work
 
 import convert
-from model import MLA, Cache, Config, Runtime, Shard
+from model import MLA, Cache, Config, Runtime, Shard, all_reduce
 
 TOKENS = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(9))
 CHUNKS = [60, 1, 1, 18]         # MLA expands 60 tokens and absorbs the others; 1 is a step of decoding
@@ -92,6 +92,14 @@ def test_all_ranks_hold_the_same_logits(ranks, results):
     assert len(others) == ranks - 1 and len(first) == 2 * len(RUNS)
     for other in others:
         assert all(torch.equal(other[key][0], logits) for key, (logits, _) in first.items())
+
+
+def test_ranks_add_what_lies_in_the_same_order(monkeypatch):
+    """A partial sum may be a transposed product, of which some rows are left out, on one rank and not on
+    another; `view` refuses what is not in order."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.view(-1).mul_(2))
+    x = torch.arange(12.0).view(3, 4).T[:2]
+    assert torch.equal(all_reduce(x, Shard(0, 2)), 2 * torch.arange(12.0).view(3, 4).T[:2])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -125,7 +125,8 @@ def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
     """As W x^T; a row as W x. The tolerance is that of the test above; the bias is added to a rounded sum."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "AMX", True)
-    x, w, bias = (noise(*size, seed=i).bfloat16() for i, size in enumerate(((*shape, 700), (601, 700), (601,))))
+    sizes = (*shape, 700), (601, 700), (601,)
+    x, w, bias = (noise(*size, seed=i).bfloat16() for i, size in enumerate(sizes))
     exact = x.double() @ w.double().T
     slack = 700 * 2 ** -24 * (x.double().abs() @ w.double().abs().T)
     result = kernel.linear(x, w)
@@ -138,14 +139,15 @@ def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
         assert torch.equal(kernel.linear(x, w), result)
 
 
-def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_experts_take_sixteens(monkeypatch):
-    """Against float64: bf16 rounds by 2^-9 at most, here four times on the way. Weights that do not begin with
-    a cache line are multiplied as a whole, and 129 rows or more of x by F.linear."""
+def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
+    """Against float64: bf16 rounds by 2^-9 at most, here four times on the way. Where weights do not begin
+    with a cache line, rows are taken together, 129 or more by F.linear. Pieces are filled up to sixteens."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "AMX", True)
     mlp, seen, linear = MLP(TINY.inter_dim, TINY, HALF), [], kernel.linear
-    monkeypatch.setattr(kernel, "linear", lambda x, *args: seen.append(x.shape[:-1].numel()) or linear(x, *args))
-    for offset, rows in ((0, [256, 256, 88]), (16, [600])):
+    monkeypatch.setattr(kernel, "linear",
+                        lambda x, *args: seen.append(x.shape[:-1].numel()) or linear(x, *args))
+    for offset, rows in ((0, [256, 256, 96]), (16, [600])):
         for i, (name, t) in enumerate(mlp.state_dict().items()):
             buffer = torch.empty(t.numel() + offset, dtype=torch.bfloat16)
             w = buffer[offset:].view(t.shape).copy_(noise(*t.shape, seed=i) / t.shape[-1] ** 0.5)
