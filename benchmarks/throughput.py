@@ -397,7 +397,9 @@ def contenders(cfg: Config, device: str) -> list[str]:
 def takes_part(name: str, n: int, rows: int, new: int) -> bool:
     """Compiled is decoding, and converted is reading; the other would be measured twice. Batches are for those
     that have them in bf16."""
-    if "compiled" in name and new == 0 or name == "ours converted" and new > 0 or name in ("llama.cpp", "ours compiled fp8") and rows > 1:
+    if "compiled" in name and new == 0 or "converted" in name and new > 0:
+        return False
+    if name in ("llama.cpp", "ours compiled fp8") and rows > 1:
         return False
     return n < LONG or name == "ours compiled"
 
