@@ -305,12 +305,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiplies_tiles(x: Tensor) -> bool:
+    """Whether products of x are AMX's."""
     return AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def in_lines(w: Tensor) -> bool:
     """Whether w begins with a cache line: a file may have it elsewhere, and then a tile's rows take two each.
-    Weights that are copied do, and convert.py's files are made so."""
+    Weights that are copied do, and convert.py's files are made so. A compiler does not know: False."""
     return not torch.compiler.is_compiling() and w.data_ptr() % 64 == 0
 
 
