@@ -5,6 +5,7 @@ Logits of a bf16 model hide this: rounding alone moves them by 0.03 on average, 
 mistakes do. So each part is compared by itself, and without tolerance: the same operations give the same
 bits. Only the gate's weights, fp32 sums over 4 experts in either order, may differ by 1e-6.
 """
+import importlib.util
 import json
 from pathlib import Path
 
@@ -103,6 +104,19 @@ def test_absorbed_attention_takes_its_softmax_in_fp32(monkeypatch):
     exact = after((exact * attention.scale).softmax(-1))
     for result, close in ((attention._absorbed(q_nope, q_pe, latents, step), True), (after(weights), False)):
         assert ((result - exact).norm() <= 2 ** -8 * exact.norm()) == close
+
+
+@pytest.mark.parametrize("avx512, its_bf16, fast", [(True, True, True), (True, False, False),
+                                                    (False, False, True)])
+def test_bf16_is_multiplied_as_such_where_the_cpu_can(avx512, its_bf16, fast, monkeypatch):
+    """oneDNN says yes to three CPUs: Zen 4; Ice Lake, where it converts; an ARM with bf16."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: its_bf16)
+    spec = importlib.util.spec_from_file_location("kernel_of_another_cpu", kernel.__file__)
+    spec.loader.exec_module(other := importlib.util.module_from_spec(spec))
+    assert other.MULTIPLIES_BF16 == fast == (not other.fp32_is_faster(torch.empty(1, dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize("rows, n, k", [(5, 3001, 701), (300, 3001, 701), (300, 601, 4101)])
