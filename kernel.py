@@ -307,8 +307,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype) if fp32_is_faster(a) else a @ b
 
 
-def multiplies_tiles(x: Tensor) -> bool:
-    """Whether products of x are AMX's."""
+def multiplies_tiles(x) -> bool:
+    """Whether products of x, with a dtype and a device, are AMX's."""
     return AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
@@ -334,6 +334,30 @@ def spare_rows(rows: int, x: Tensor) -> int:
     they save time (72 rows take 1.3 times as long as 80), and the 2 ms in which oneDNN compiles a product for
     each number of rows that occurs."""
     return -rows % 16 if multiplies_tiles(x) and rows > FEW and not torch.compiler.is_compiling() else 0
+
+
+def by_expert(ids: Tensor, n_experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A row for each choice ids [n, k], such that those of an expert are neighbours -> rows [n, k], and where
+    each expert's end, int32 [e]. With AMX, for products of x, they are sixteens, the first of them spare."""
+    chosen = ids.flatten()
+    rows, counts = chosen.argsort(stable=True).argsort(), chosen.bincount(minlength=n_experts)
+    if multiplies_tiles(x):
+        spare = -counts % 16
+        rows, counts = rows + spare.cumsum(0)[chosen], counts + spare
+    return rows.view_as(ids), counts.cumsum(0, dtype=torch.int32)
+
+
+def can_group(x: Tensor, *stacks: Tensor) -> bool:
+    """Whether `grouped` is to multiply x with these weights: it saves time with AMX, and wants all rows to begin
+    at multiples of 16 bytes."""
+    return multiplies_tiles(x) and all(w.dtype == x.dtype and w.data_ptr() % 16 == w.shape[-1] % 8 == 0
+                                       for w in stacks)
+
+
+def grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """x W^T with one matrix of w [e, n, k] for each of e runs of rows x [s, k], int32 ends [e] -> [s, n]. PyTorch
+    goes from one to the next, in less time than Python does."""
+    return F.grouped_mm(w, x.T, offs=ends).T if len(x) <= 64 * len(w) else F.grouped_mm(x, w.mT, offs=ends)
 
 
 def fp32_is_faster(x) -> bool:

@@ -123,8 +123,11 @@ def activations(model: Transformer, rt: Runtime) -> int:
     inner = cfg.inter_dim if not cfg.moe else max(
         cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)
     feed_forward = 3 * s * inner // ranks
-    if cfg.moe:                                                 # every choice's output, weighted in fp32
-        feed_forward += s * (cfg.moe.n_activated_experts + 2) * cfg.dim * (size + 4) // size
+    if cfg.moe:             # every choice's input and output, that in the tokens' order, and in fp32
+        k, e = cfg.moe.n_activated_experts, cfg.moe.n_routed_experts
+        feed_forward += s * (k * (3 * size + 4) + 2 * (size + 4)) * cfg.dim // size
+        spare = 15 * e if kernel.multiplies_tiles(rt) else 0    # rows, at most: kernel.by_expert
+        feed_forward += spare * (2 * cfg.dim + 3 * cfg.moe.moe_inter_dim // ranks)
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
     mask = s * t * (1 + size)                                   # of bools, and of zeros and infinities
     # fp32; sampling sorts and sums copies of them, a GPU all, with their ids and a scratch copy of both

@@ -666,21 +666,22 @@ class MoE(nn.Module):
             out = self.experts(tokens[:, None], experts)                        # [n, k, m]
             routed = (weights[..., None] * out).sum(1)                          # V3 Eq. 12 [n, m]
         else:
-            routed = self._one_by_one(tokens, weights, experts)                 # [n, m]
+            routed = self._sorted(tokens, weights, experts)                     # [n, m]
         return (y + routed).to(x.dtype).view_as(x)
 
-    def _one_by_one(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    def _sorted(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read."""
-        order = experts.flatten().argsort(stable=True)          # [n * k] choices, by expert
-        hit, counts = (t.tolist() for t in experts.unique(return_counts=True))
-        out = tokens.new_empty(len(order), tokens.shape[1])
-        token = order // experts.shape[1]                       # [n * k] whose choice it is
-        for expert, chosen_by, part in zip(hit, token.split(counts), out.split(counts)):
-            if spare := kernel.spare_rows(len(part), tokens):
-                chosen_by = F.pad(chosen_by, (0, spare))
-            part.copy_(self.experts(tokens.index_select(0, chosen_by), expert)[:len(part)])
-        out = out.index_select(0, order.argsort()).unflatten(0, experts.shape)  # [n, k, m], in tokens' order
-        return torch.bmm(weights[:, None], out.float())[:, 0]                   # V3 Eq. 12
+        w1, w2, w3 = self.experts.w1.weight, self.experts.w2.weight, self.experts.w3.weight
+        rows, ends = kernel.by_expert(experts, len(w1), tokens)                 # [n, k] among s, [e]
+        x = tokens.new_zeros(int(ends[-1]), tokens.shape[1])
+        x[rows] = tokens[:, None]                                               # [s, m]
+        if kernel.can_group(x, w1, w2, w3):
+            x = F.silu(kernel.grouped(x, w1, ends)) * kernel.grouped(x, w3, ends)               # [s, f/P]
+            x = kernel.grouped(x, w2, ends)                                     # [s, m]
+        else:
+            parts = enumerate(x.tensor_split(ends.tolist()[:-1]))
+            x = torch.cat([self.experts(part, expert) for expert, part in parts if len(part)])
+        return torch.bmm(weights[:, None], x[rows].float())[:, 0]               # V3 Eq. 12
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """The same sum; its products take two launches, and the host need not know the choice."""

@@ -84,14 +84,26 @@ def moe() -> MoE:
     return made
 
 
-@pytest.mark.parametrize("spare", [0, 5])
-def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(spare, monkeypatch):
-    """Also when experts are given more rows than they need (kernel.spare_rows)."""
-    monkeypatch.setattr(kernel, "spare_rows", lambda rows, x: spare)
-    layer = moe()
-    weights, experts = layer.gate(X)
-    dense = torch.zeros(500, 16, dtype=torch.float64).scatter(1, experts, weights.double())  # [n, e]
-    x = X.double()
+def with_amx(monkeypatch) -> list:
+    """As on a CPU with AMX, in fp32. Returns a list that will hold the shape of each product of a stack."""
+    products, grouped = [], kernel.grouped
+    monkeypatch.setattr(kernel, "multiplies_tiles", lambda x: True)
+    monkeypatch.setattr(kernel, "grouped", lambda x, w, ends: products.append(w.shape) or grouped(x, w, ends))
+    return products
+
+
+@pytest.mark.parametrize("n, amx, offset", [(500, False, 0), (500, True, 0), (100, True, 0), (500, True, 1)],
+                         ids=["one by one", "many with AMX", "few with AMX", "AMX, weights anywhere"])
+def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(n, amx, offset, monkeypatch):
+    """With AMX in three products of all experts, W x^T for few tokens, if the last stack, too, begins where
+    PyTorch wants it."""
+    products, layer, tokens = with_amx(monkeypatch) if amx else [], moe(), X[:n]
+    w2 = layer.experts.w2
+    elsewhere = torch.empty(w2.weight.numel() + offset)[offset:].view_as(w2.weight).copy_(w2.weight)
+    w2.weight = torch.nn.Parameter(elsewhere, requires_grad=False)
+    weights, experts = layer.gate(tokens)
+    dense = torch.zeros(n, 16, dtype=torch.float64).scatter(1, experts, weights.double())    # [n, e]
+    x = tokens.double()
 
     def mlp(w1, w2, w3):
         gated = x @ w1.double().T
@@ -102,11 +114,15 @@ def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(spare, 
     for e in range(16):
         out = mlp(routed.w1.weight[e], routed.w2.weight[e], routed.w3.weight[e])
         expected += dense[:, e, None] * out                                     # V3 Eq. 12
-    ours = layer(X.view(5, 100, 256)).view(500, 256)
+    ours = layer(tokens.view(5, -1, 256)).view(n, 256)
     assert (ours - expected).abs().max() <= 1e-5 * expected.std()
+    assert len(products) == (3 if amx and not offset else 0)
 
 
-def test_experts_that_nobody_chose_are_not_read():
+@pytest.mark.parametrize("amx", [False, True])
+def test_experts_that_nobody_chose_are_not_read(amx, monkeypatch):
+    if amx:
+        with_amx(monkeypatch)
     layer, x = moe(), X[:3].view(1, 3, 256)
     expected = layer(x)
     _, hit = layer.gate(X[:3])
@@ -114,6 +130,16 @@ def test_experts_that_nobody_chose_are_not_read():
         idle = [e for e in range(16) if e not in hit.unique().tolist()]
         w.weight[idle] = torch.nan
     assert idle and torch.equal(layer(x), expected)
+
+
+def test_an_experts_choices_are_neighbours_with_amx_in_sixteens(monkeypatch):
+    ids = torch.tensor([[2, 0], [0, 3], [2, 0]])
+    rows, ends = kernel.by_expert(ids, 4, X)
+    assert rows.tolist() == [[3, 0], [1, 5], [4, 2]] and ends.tolist() == [3, 3, 5, 6]
+    with_amx(monkeypatch)
+    rows, ends = kernel.by_expert(ids, 4, X)
+    assert rows.tolist() == [[30, 13], [14, 47], [31, 15]] and ends.tolist() == [16, 16, 32, 48]
+    assert kernel.can_group(X, torch.empty(4, 12, 256)) and not kernel.can_group(X, torch.empty(4, 256, 12))
 
 
 def fp8_moe() -> MoE:
