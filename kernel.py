@@ -278,12 +278,12 @@ def stored(x: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
     single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
-    converted at a time; with AMX up to 128 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times,
-    also than what is compiled, for more than 4 of them; and up to 256 if W lies in whole cache lines and has
-    three times as many rows.
+    converted at a time; with AMX up to 64 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times, also
+    than what is compiled, for more than 4 of them; and if W lies in whole cache lines up to 128, or 256 if it
+    has three times as many rows.
     """
     rows = x.shape[:-1].numel()
-    tiles = multiplies_tiles(x) and (rows <= 128 or rows <= min(PIECE, len(w) // 3) and in_lines(w))
+    tiles = multiplies_tiles(x) and (rows <= 64 or in_lines(w) and rows <= max(128, min(PIECE, len(w) // 3)))
     if few(x) and not (tiles and rows > 4):
         y = matvec(x, w)
     elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way

@@ -134,7 +134,7 @@ def test_bf16_multiplied_in_fp32_is_rounded_once(rows, n, k, monkeypatch):
     assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 100), (2, 100)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 50), (1, 100), (2, 100)])
 def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
     """As W x^T; a row as W x. The tolerance is that of the test above; the bias is added to a rounded sum."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
@@ -147,15 +147,17 @@ def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
     assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
     assert torch.equal(kernel.linear(x, w, bias), result + bias)
-    if 4 < x.shape[:-1].numel() <= 128:             # a compiled step does the same
+    if x.shape[:-1].numel() > 4:                    # a compiled step does the same, though not for very many
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         monkeypatch.setattr(kernel, "matvec", None)
-        assert torch.equal(kernel.linear(x, w), result)
+        compiled = kernel.linear(x, w)
+        assert ((compiled - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
+        assert torch.equal(compiled, result) or x.shape[:-1].numel() > 64
 
 
 def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
     """Against float64: bf16 rounds by 2^-9 at most, here four times on the way. Where weights do not begin
-    with a cache line, rows are taken together, 129 or more by F.linear. Pieces are filled up to sixteens."""
+    with a cache line, rows are taken together, 65 or more by F.linear. Pieces are filled up to sixteens."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "AMX", True)
     mlp, seen, linear = MLP(TINY.inter_dim, TINY, HALF), [], kernel.linear
@@ -172,8 +174,8 @@ def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
         exact = (gate * gate.sigmoid() * (x.double() @ w3.T)) @ w2.T
         error = mlp(x.view(2, 300, -1)).view_as(x) - exact
         assert (error.norm(dim=-1) <= 2 ** -7 * exact.norm(dim=-1)).all() and seen[::3] == rows
-        full = torch.nn.functional.linear(x[:200], mlp.w1.weight)
+        full = torch.nn.functional.linear(x[:65], mlp.w1.weight)
         assert kernel.in_lines(mlp.w1.weight) == (offset == 0)
-        assert offset == 0 or torch.equal(linear(x[:200], mlp.w1.weight), full)
+        assert offset == 0 or torch.equal(linear(x[:65], mlp.w1.weight), full)
     assert [kernel.spare_rows(rows, x) for rows in (1, 8, 9, 16, 33)] == [0, 0, 7, 0, 15]
     assert kernel.spare_rows(33, x.float()) == 0
