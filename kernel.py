@@ -43,7 +43,7 @@ BLOCK = 128        # the edge of a weight block, and the run of channels that sh
 E4M3_MAX = 448.0   # the largest finite e4m3fn number; there is no infinity to overflow to
 FP8 = torch.float8_e4m3fn
 FEW = 8            # rows up to which products compiled for a CPU are a multiply-and-sum
-PIECE = 256        # rows up to which products are W x^T with AMX, if W lies in whole cache lines
+PIECE = 256        # rows up to which products are W x^T with AMX, if W is large and lies in whole cache lines
 # Whether oneDNN has fast products of bf16 matrices. It says so of all of AVX-512, but where its bf16 part is
 # missing (Skylake to Ice Lake), it converts as it goes, and fp32 runs 5 times as fast
 MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
@@ -278,12 +278,10 @@ def stored(x: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as F.linear: x [..., k], w [n, k], bias [n] -> [..., n]. Compiled for a few x, it is a
     single pass over W; where fp32 is faster, and x are more than 4, it is `matmul`, but with a part of W
-    converted at a time; with AMX up to 64 x go as W x^T, of which oneDNN reads W faster, 1.2 to 1.7 times, also
-    than what is compiled, for more than 4 of them; and if W lies in whole cache lines up to 128, or 256 if it
-    has three times as many rows.
+    converted at a time; with AMX it may be W x^T.
     """
     rows = x.shape[:-1].numel()
-    tiles = multiplies_tiles(x) and (rows <= 64 or in_lines(w) and rows <= max(128, min(PIECE, len(w) // 3)))
+    tiles = transposed(rows, x, w)
     if few(x) and not (tiles and rows > 4):
         y = matvec(x, w)
     elif fp32_is_faster(x) and rows > 4:                    # fewer wait for W, either way
@@ -312,6 +310,13 @@ def multiplies_tiles(x) -> bool:
     return AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
+def transposed(rows: int, x: Tensor, w: Tensor) -> bool:
+    """Whether so many rows of x go as W x^T, with AMX: up to 64, for which oneDNN reads W faster, 1.2 to 1.7
+    times, also than what is compiled, for more than 4 of them; if W lies in whole cache lines up to 128, or
+    up to PIECE if it has three times as many rows."""
+    return multiplies_tiles(x) and (rows <= 64 or in_lines(w) and rows <= max(128, min(PIECE, len(w) // 3)))
+
+
 def in_lines(w: Tensor) -> bool:
     """Whether w begins with a cache line: a file may have it elsewhere, and then a tile's rows take two each.
     Weights that are copied do, and convert.py's files are made so. A compiler does not know: False."""
@@ -323,7 +328,7 @@ def by_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
     time. Then its three products are W x^T, each in the order in which the next one reads it, and what is
     between them stays in a cache."""
     rows, x2 = x.shape[:-1].numel(), x.flatten(0, -2)
-    if rows > PIECE and multiplies_tiles(x) and w.dtype == x.dtype and in_lines(w):
+    if rows > PIECE and w.dtype == x.dtype and transposed(PIECE, x, w):
         return torch.cat([by_pieces(mlp, piece, w) for piece in x2.split(PIECE)]).view_as(x)
     spare = spare_rows(rows, x) if rows <= PIECE else 0
     return mlp(F.pad(x2, (0, 0, 0, spare)))[:rows].view_as(x) if spare else mlp(x)
@@ -348,21 +353,21 @@ def by_expert(ids: Tensor, n_experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_group(x: Tensor, *stacks: Tensor) -> bool:
-    """Whether `grouped` is to multiply x with these weights: it saves time with AMX, and wants all rows to begin
-    at multiples of 16 bytes."""
+    """Whether `grouped` is to multiply x with these weights: it saves time with AMX, and wants all rows to
+    begin at multiples of 16 bytes."""
     return multiplies_tiles(x) and all(w.dtype == x.dtype and w.data_ptr() % 16 == w.shape[-1] % 8 == 0
                                        for w in stacks)
 
 
 def grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """x W^T with one matrix of w [e, n, k] for each of e runs of rows x [s, k], int32 ends [e] -> [s, n]. PyTorch
-    goes from one to the next, in less time than Python does."""
+    """x W^T with one matrix of w [e, n, k] for each of e runs of rows x [s, k], int32 ends [e] -> [s, n].
+    PyTorch goes from one to the next, in less time than Python does."""
     return F.grouped_mm(w, x.T, offs=ends).T if len(x) <= 64 * len(w) else F.grouped_mm(x, w.mT, offs=ends)
 
 
 def fp32_is_faster(x) -> bool:
     """Whether x, with a dtype and a device, is bf16 on a CPU for which oneDNN has no products of bf16
-    matrices, such as x86 before AVX-512's bf16. There fp32 runs 5 or 6 times as fast, in batches up to 100."""
+    matrices, such as x86 before AVX-512's bf16. There fp32 runs 5 times as fast, in batches up to 100."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
 
 

@@ -160,7 +160,7 @@ def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
     with a cache line, rows are taken together, 65 or more by F.linear. Pieces are filled up to sixteens."""
     monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "AMX", True)
-    mlp, seen, linear = MLP(TINY.inter_dim, TINY, HALF), [], kernel.linear
+    mlp, seen, linear = MLP(3 * 256, TINY, HALF), [], kernel.linear
     monkeypatch.setattr(kernel, "linear",
                         lambda x, *args: seen.append(x.shape[:-1].numel()) or linear(x, *args))
     for offset, rows in ((0, [256, 256, 96]), (16, [600])):
