@@ -154,7 +154,7 @@ def group(ids: Tensor, n_experts: int) -> Groups:
     """
     m, ids = len(ids), ids.flatten()
     if m == 1:                                                  # a token's experts differ: a tile for each
-        slot = (ids >= 0).cumsum(0) - 1                         # 0, 1, ..., by a kernel that reads: decode.fuse
+        slot = (ids >= 0).cumsum(0) - 1                 # 0, 1, ... by a kernel that reads: decode.fuse
         return Groups(ids, slot, ids, slot, slot + 1)
     rows = tile_for(len(ids) // n_experts).tokens
     count = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
