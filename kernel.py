@@ -314,7 +314,9 @@ def transposed(rows: int, x: Tensor, w: Tensor) -> bool:
     """Whether so many rows of x go as W x^T, with AMX: up to 64, for which oneDNN reads W faster, 1.2 to 1.7
     times, also than what is compiled, for more than 4 of them; if W lies in whole cache lines up to 128, or
     up to PIECE if it has three times as many rows."""
-    return multiplies_tiles(x) and (rows <= 64 or in_lines(w) and rows <= max(128, min(PIECE, len(w) // 3)))
+    if not multiplies_tiles(x):
+        return False
+    return rows <= (max(128, min(PIECE, w.shape[-2] // 3)) if in_lines(w) else 64)
 
 
 def in_lines(w: Tensor) -> bool:
@@ -341,15 +343,25 @@ def spare_rows(rows: int, x: Tensor) -> int:
     return -rows % 16 if multiplies_tiles(x) and rows > FEW and not torch.compiler.is_compiling() else 0
 
 
-def by_expert(ids: Tensor, n_experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A row for each choice ids [n, k], such that those of an expert are neighbours -> rows [n, k], and where
-    each expert's end, int32 [e]. With AMX, for products of x, they are sixteens, the first of them spare."""
-    chosen = ids.flatten()
+def by_expert(x: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [n, m] once for each choice ids [n, k], those of an expert next to each other -> [s, m]; the choices'
+    rows there [n, k]; and each expert's end, int32 [e].
+
+    With AMX an expert's rows are sixteens, the first of them spare, and few are rounded up to a power of two:
+    oneDNN compiles anew for each number of rows, and for each stride of a result of `grouped`.
+    """
+    chosen, tiles = ids.flatten(), multiplies_tiles(x)
     rows, counts = chosen.argsort(stable=True).argsort(), chosen.bincount(minlength=n_experts)
-    if multiplies_tiles(x):
+    if tiles:
         spare = -counts % 16
         rows, counts = rows + spare.cumsum(0)[chosen], counts + spare
-    return rows.view_as(ids), counts.cumsum(0, dtype=torch.int32)
+    ends, rows = counts.cumsum(0, dtype=torch.int32), rows.view_as(ids)
+    size = int(ends[-1])
+    if tiles and size <= 64 * n_experts:
+        size = 1 << (size - 1).bit_length()
+    by_row = x.new_zeros(size, x.shape[1])
+    by_row[rows] = x[:, None]
+    return by_row, rows, ends
 
 
 def can_group(x: Tensor, *stacks: Tensor) -> bool:

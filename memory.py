@@ -126,7 +126,9 @@ def activations(model: Transformer, rt: Runtime) -> int:
     if cfg.moe:             # every choice's input and output, that in the tokens' order, and in fp32
         k, e = cfg.moe.n_activated_experts, cfg.moe.n_routed_experts
         feed_forward += s * (k * (3 * size + 4) + 2 * (size + 4)) * cfg.dim // size
-        spare = 15 * e if kernel.multiplies_tiles(rt) else 0    # rows, at most: kernel.by_expert
+        spare = 0
+        if kernel.multiplies_tiles(rt):                         # rows, at most: kernel.by_expert
+            spare = 15 * e if s * k > 64 * e else 30 * e + s * k
         feed_forward += spare * (2 * cfg.dim + 3 * cfg.moe.moe_inter_dim // ranks)
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32
     mask = s * t * (1 + size)                                   # of bools, and of zeros and infinities

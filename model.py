@@ -672,14 +672,12 @@ class MoE(nn.Module):
     def _sorted(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read."""
         w1, w2, w3 = self.experts.w1.weight, self.experts.w2.weight, self.experts.w3.weight
-        rows, ends = kernel.by_expert(experts, len(w1), tokens)                 # [n, k] among s, [e]
-        x = tokens.new_zeros(int(ends[-1]), tokens.shape[1])
-        x[rows] = tokens[:, None]                                               # [s, m]
+        x, rows, ends = kernel.by_expert(tokens, experts, len(w1))              # [s, m], [n, k], [e]
         if kernel.can_group(x, w1, w2, w3):
             x = F.silu(kernel.grouped(x, w1, ends)) * kernel.grouped(x, w3, ends)               # [s, f/P]
             x = kernel.grouped(x, w2, ends)                                     # [s, m]
         else:
-            parts = enumerate(x.tensor_split(ends.tolist()[:-1]))
+            parts = enumerate(x.tensor_split(ends.tolist())[:-1])
             x = torch.cat([self.experts(part, expert) for expert, part in parts if len(part)])
         return torch.bmm(weights[:, None], x[rows].float())[:, 0]               # V3 Eq. 12
 

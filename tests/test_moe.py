@@ -134,11 +134,13 @@ def test_experts_that_nobody_chose_are_not_read(amx, monkeypatch):
 
 def test_an_experts_choices_are_neighbours_with_amx_in_sixteens(monkeypatch):
     ids = torch.tensor([[2, 0], [0, 3], [2, 0]])
-    rows, ends = kernel.by_expert(ids, 4, X)
+    x, rows, ends = kernel.by_expert(X[:3], ids, 4)
     assert rows.tolist() == [[3, 0], [1, 5], [4, 2]] and ends.tolist() == [3, 3, 5, 6]
+    assert torch.equal(x, X[[0, 1, 2, 0, 2, 1]])
     with_amx(monkeypatch)
-    rows, ends = kernel.by_expert(ids, 4, X)
+    x, rows, ends = kernel.by_expert(X[:3], ids, 4)
     assert rows.tolist() == [[30, 13], [14, 47], [31, 15]] and ends.tolist() == [16, 16, 32, 48]
+    assert len(x) == 64 and torch.equal(x[rows], X[:3, None].expand(3, 2, 256))
     assert kernel.can_group(X, torch.empty(4, 12, 256)) and not kernel.can_group(X, torch.empty(4, 256, 12))
 
 
