@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernel
+import products
 from kernel import triton
 
 if triton:
@@ -36,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor, sca
     if q.shape[1] == 1:         # the h/g heads as queries of one head, so that keys are read once
         q, k, v = q[:, 0], k.transpose(1, 2), v.transpose(1, 2)                # [b, g, h/g, d], [b, g, t, ..]
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).flatten(1, 2)[:, None]
-    if kernel.fp32_is_faster(q):
+    if products.fp32_is_faster(q):
         return attend_fused(q.float(), k.float(), v.float(), bias.float(), scale).to(q.dtype)
     return attend_fused(q, k, v, bias, scale)
 

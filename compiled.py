@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-import kernel
+import products
 from model import Block, Cache, RMSNorm, Step, Transformer
 
 
@@ -48,7 +48,7 @@ def layer(block: Block, weights: dict[str, Tensor], x: Tensor, positions: Tensor
 
 
 def head(norm: RMSNorm, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    return kernel.linear(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
+    return products.linear(functional_call(norm, {"weight": weights["norm"]}, x), weights["head"]).float()
 
 
 def parts_of(model: Transformer, rows: int) -> list[Part]:
@@ -95,7 +95,7 @@ def compile_forward(model: Transformer, cache: Cache) -> Callable:
 def path_of(part: Part, model: Transformer) -> Path:
     """Where the compiled part is kept."""
     here = Path(__file__)
-    names = here.name, "model.py", "attention.py", "kernel.py"
+    names = here.name, "model.py", "attention.py", "kernel.py", "products.py"
     sources = [here.with_name(name).read_bytes() for name in names]
     weights = [(name, w.shape, w.dtype) for name, w in part.weights.items()]
     what = (torch.__version__, torch.get_num_threads(), target(compiler()), sources, model.cfg,

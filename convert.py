@@ -558,7 +558,7 @@ class RankFile:
     @classmethod
     def lay_out(cls, out: Path, tp: Shard, plan: list[Entry], source: str) -> "RankFile":
         """A header is 8 bytes of length and JSON with each tensor's dtype, shape and place; here filled up,
-        so that tensors begin with a cache line when they are mapped (kernel.in_lines)."""
+        so that tensors begin with a cache line when they are mapped (products.in_lines)."""
         names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
         sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in plan]
         ends = list(accumulate(sizes, initial=0))

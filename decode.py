@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernel
+import products
 from compiled import compile_forward, compiler, make_parts
 from model import Block, Cache, Runtime, Transformer
 
@@ -38,8 +39,8 @@ def check(rt: Runtime) -> Runtime:
         if not shutil.which(compiler()):
             raise ValueError(f"--compile needs a C++ compiler, and {compiler()!r} is not there: install it, "
                              f"name another one in the environment variable CXX, or leave --compile out")
-        if rt.tp.size > 1 or rt.rows > kernel.FEW or rt.fp8 == "gemm":
-            raise ValueError(f"--compile on a CPU goes with 1 rank, a --batch-size up to {kernel.FEW}, and "
+        if rt.tp.size > 1 or rt.rows > products.FEW or rt.fp8 == "gemm":
+            raise ValueError(f"--compile on a CPU goes with 1 rank, a --batch-size up to {products.FEW}, and "
                              f"--fp8 dequant or bf16; here are {rt.tp.size} ranks, {rt.rows} rows and --fp8 "
                              f"{rt.fp8}")
     if rt.compile and rt.device.type == "cuda":
@@ -62,7 +63,7 @@ def check_model(model: Transformer) -> Runtime:
 
 def precompile(model: Transformer) -> None:
     """With rt.compile, compile the layers of all steps now, so that no answer waits for it. ValueError as
-    check_model, or of FP8 weights that kernel.matvec cannot read. OSError: C++ failed."""
+    check_model, or of FP8 weights that products.matvec cannot read. OSError: C++ failed."""
     rt = check_model(model)
     if not rt.compile:
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import kernel
+import products
 from decode import cache_slots
 from model import Cache, Config, Runtime, Transformer
 
@@ -109,7 +110,7 @@ def activations(model: Transformer, rt: Runtime) -> int:
         projected, expanded = s * qk * (4 * heads + 4 * kv_heads), 0
     # attention.attend: keys and values for every head, on a CPU in the order in which it multiplies bf16;
     # without bf16 products instead queries, keys, values, mask and result in fp32
-    if kernel.fp32_is_faster(rt):
+    if products.fp32_is_faster(rt):
         copies = (2 * s * heads * qk + t * kv_heads * (2 * qk + v) + s * t) * 4 // size
     else:
         copies = t * heads * (qk + v) * (kv_heads < heads or rt.device.type == "cpu")
@@ -127,7 +128,7 @@ def activations(model: Transformer, rt: Runtime) -> int:
         k, e = cfg.moe.n_activated_experts, cfg.moe.n_routed_experts
         feed_forward += s * (k * (3 * size + 4) + 2 * (size + 4)) * cfg.dim // size
         spare = 0
-        if kernel.multiplies_tiles(rt):                         # rows, at most: kernel.by_expert
+        if products.multiplies_tiles(rt):                       # rows, at most: products.by_expert
             spare = 15 * e if s * k > 64 * e else 30 * e + s * k
         feed_forward += spare * (2 * cfg.dim + 3 * cfg.moe.moe_inter_dim // ranks)
     stream = s * cfg.dim * (3 * size + 3 * 4)                   # residual and sums; the norm's copies in fp32

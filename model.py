@@ -9,7 +9,7 @@
 Read it top to bottom: 1 Config and Runtime, 2 norm and RoPE, 3 the cache, 4 linear layers, 5 GQA, 6 MLA,
 7 MLP, gate and MoE, 8 Transformer. `Config` is what a checkpoint is, `Runtime` how we run it. Parameters are
 only declared here; convert.py has the table from HuggingFace's names to these, and fills them. attention.py
-has softmax(q k^T) v in fast forms, kernel.py FP8 and matrix products.
+has softmax(q k^T) v in fast forms, products.py x W^T, kernel.py FP8.
 
 Equation numbers: "V3" DeepSeek-V3 report (arXiv 2412.19437), "V2" DeepSeek-V2 (2405.04434), "YaRN"
 (2309.00071). What V3 needs for training only is not in here: balance loss (Eq. 17-20), bias updates, and
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernel
+import products
 from attention import attend, attend_latents
 
 # ------------------------------------------------------------------------------------------------------------
@@ -421,16 +422,16 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, expert: int | Tensor | None = None) -> Tensor:     # [..., in] -> [..., out]
         weight, scale = self.weight, self.scale
         if isinstance(expert, Tensor):
-            return kernel.matvec(x, weight, scale, expert)
+            return products.matvec(x, weight, scale, expert)
         if expert is not None:
             weight, scale = weight[expert], scale if scale is None else scale[expert]
         if scale is None:
-            return kernel.linear(x, weight, self.bias)
+            return products.linear(x, weight, self.bias)
         if self.fp8 == "gemm":                                  # no bias: convert.py reads no FP8 for GQA
             return kernel.fp8_gemm(*kernel.act_quant(x, self.ue8m0), weight, scale, x.dtype)
-        if kernel.few(x):
-            return kernel.matvec(x, weight, scale)
-        return kernel.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
+        if products.few(x):
+            return products.matvec(x, weight, scale)
+        return products.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
     def dequantise(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its high-precision form, for good."""
@@ -499,7 +500,7 @@ class GQA(nn.Module):
 
 def per_head(x: Tensor, w: Tensor) -> Tensor:
     """A matrix for each head: x [b, s, h, in], w [h, in, out] -> [b, s, h, out]."""
-    y = kernel.matmul(x.flatten(0, 1).transpose(0, 1), w)                       # [h, b * s, out]
+    y = products.matmul(x.flatten(0, 1).transpose(0, 1), w)                     # [h, b * s, out]
     return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
@@ -596,7 +597,7 @@ class MLP(nn.Module):
         def swiglu(x: Tensor) -> Tensor:
             inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)             # [..., f/P]
             return self.w2(inner, expert)
-        return kernel.by_pieces(swiglu, x, self.w1.weight)
+        return products.by_pieces(swiglu, x, self.w1.weight)
 
 
 class Gate(nn.Module):
@@ -618,7 +619,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, m] -> weights fp32 [n, k], expert ids int64 [n, k]. All in fp32: choices flip on rounding."""
         moe = self.moe
-        scores = kernel.linear(x.float(), self.weight.float()).sigmoid()         # V3 Eq. 15 [n, e]
+        scores = products.linear(x.float(), self.weight.float()).sigmoid()      # V3 Eq. 15 [n, e]
         biased = scores + self.bias                                             # V3 Eq. 16 [n, e]
         biased = biased.unflatten(-1, (moe.n_expert_groups, -1))                # [n, G, e/G], G groups
         # V3 section 2.1.2: a group is as good as its k/M best experts. R1: k = 8, from M = 4 of G = 8 groups,
@@ -672,10 +673,10 @@ class MoE(nn.Module):
     def _sorted(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read."""
         w1, w2, w3 = self.experts.w1.weight, self.experts.w2.weight, self.experts.w3.weight
-        x, rows, ends = kernel.by_expert(tokens, experts, len(w1))              # [s, m], [n, k], [e]
-        if kernel.can_group(x, w1, w2, w3):
-            x = F.silu(kernel.grouped(x, w1, ends)) * kernel.grouped(x, w3, ends)               # [s, f/P]
-            x = kernel.grouped(x, w2, ends)                                     # [s, m]
+        x, rows, ends = products.by_expert(tokens, experts, len(w1))            # [s, m], [n, k], [e]
+        if products.can_group(x, w1, w2, w3):
+            x = F.silu(products.grouped(x, w1, ends)) * products.grouped(x, w3, ends)       # [s, f/P]
+            x = products.grouped(x, w2, ends)                                   # [s, m]
         else:
             parts = enumerate(x.tensor_split(ends.tolist())[:-1])
             x = torch.cat([self.experts(part, expert) for expert, part in parts if len(part)])
@@ -750,7 +751,7 @@ class Transformer(nn.Module):
         return self.logits(x if last is None else x[:, -last:])                 # [b, s or last, vocab]
 
     def logits(self, x: Tensor) -> Tensor:                                      # [b, s, m] -> [b, s, vocab]
-        return all_gather(kernel.linear(self.norm(x), self.head.weight), self.rt.tp).float()
+        return all_gather(products.linear(self.norm(x), self.head.weight), self.rt.tp).float()
 
     def step(self, n_new: int, lengths: Tensor, slots: int) -> Step:
         """For n_new tokens after each row's `lengths` [b], among `slots` slots: positions, mask, angles."""

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernel  # noqa: E402
 import memory  # noqa: E402
+import products  # noqa: E402
 from compiled import compiler  # noqa: E402
 from convert import Checkpoint, Parser, complain, convert, load_config, load_model  # noqa: E402
 from decode import precompile  # noqa: E402
@@ -283,7 +284,7 @@ def limits(device: str) -> dict[str, float]:
     with torch.inference_mode():
         moved, move = (2 * big.nbytes, big.clone) if gpu else (big.nbytes, big.sum)
         bandwidth, fp32 = moved / median_seconds(move, 7 if gpu else 3), product(a, b)
-        bf16 = product(a.bfloat16(), b.bfloat16()) if kernel.MULTIPLIES_BF16 or gpu else fp32
+        bf16 = product(a.bfloat16(), b.bfloat16()) if products.MULTIPLIES_BF16 or gpu else fp32
     return {"bandwidth": bandwidth, "gemm": bf16, "gemm fp32": fp32}
 
 
@@ -387,7 +388,7 @@ def contenders(cfg: Config, device: str) -> list[str]:
         names -= {"llama.cpp"}
     if device == "cpu" and not shutil.which(compiler()):
         names -= {"ours compiled", "ours compiled fp8"}
-    if device != "cpu" or not kernel.AMX:
+    if device != "cpu" or not products.AMX:
         names -= {"ours converted"}
     if cfg.fp8:                                             # none of the others reads it; ours is FP8 already
         names &= {"ours", "ours compiled"}
@@ -512,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.load_only:
         load_only(args.load_only, args.ckpt_path, args.device)
         return 0
-    kind = "AMX" if kernel.AMX else torch.backends.cpu.get_cpu_capability()
+    kind = "AMX" if products.AMX else torch.backends.cpu.get_cpu_capability()
     cores = f"{torch.get_num_threads()} {kind} CPU cores"
     device = torch.cuda.get_device_name() if args.device == "cuda" else cores
     try:

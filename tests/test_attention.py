@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import kernel
+import products
 from attention import attend, attend_fused, attend_latents, attend_runs
 from convert import load_config
 from model import Cache, Runtime
@@ -66,7 +67,7 @@ def test_attention_is_its_formula(s, t, heads, groups, d, v, dtype, tolerance, m
     exact = torch.einsum("bhst,bthv->bshv", scores.softmax(-1), v64)
     ways = []
     for multiplies_bf16 in (True, False):           # CPUs of both kinds
-        monkeypatch.setattr(kernel, "MULTIPLIES_BF16", multiplies_bf16)
+        monkeypatch.setattr(products, "MULTIPLIES_BF16", multiplies_bf16)
         ways.append(attend(q, k, values, bias.to(dtype), positions, scale))
     if s > 1:
         ways.append(attend_fused(q.unflatten(2, (groups, -1)), k, values, bias.to(dtype), scale))

@@ -20,6 +20,7 @@ import attention
 import compiled as compiled_parts
 import decode
 import kernel
+import products
 from convert import Checkpoint, load_model
 from decode import Decoder
 from generate import Draw, Kept, Row, Sampling, chances, generate, main
@@ -182,20 +183,20 @@ def test_multiply_and_sum_is_the_product(n, k, monkeypatch):
     x, w = torch.randn(2, k, generator=generator), torch.randn(3, n, k, generator=generator)
     ids = torch.tensor([[2, 0], [1, 1]])
     expected = torch.einsum("nk,nehk->neh", x.double(), w.double()[ids])
-    got = kernel.matvec(x[:, None], w, None, ids).double()
+    got = products.matvec(x[:, None], w, None, ids).double()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     few, bias = torch.randn(5, 1, k, generator=generator), torch.randn(n, generator=generator)
     for rows in (few, few[:2], few[0]):                         # these share a matrix
         expected = F.linear(rows.double(), w[0].double(), bias.double())
-        torch.testing.assert_close(kernel.linear(rows, w[0], bias).double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(products.linear(rows, w[0], bias).double(), expected, rtol=1e-5, atol=1e-4)
     for size in (1.0, 1e-12, 1e9):              # decoding e4m3 by its bits neither under- nor overflows
         q, scale = (torch.stack(part) for part in zip(*map(kernel.weight_quant, w)))
         exact = torch.stack([kernel.weight_dequant(*pair, torch.float32) for pair in zip(q, scale)])
         expected = torch.einsum("nk,nehk->neh", size * x.double(), exact.double()[ids])
-        got = kernel.matvec(size * x[:, None], q, scale, ids).double()
+        got = products.matvec(size * x[:, None], q, scale, ids).double()
         torch.testing.assert_close(got / size, expected / size, rtol=1e-5, atol=1e-4)
         for rows in (few, few[0]):
-            got = kernel.matvec(size * rows, q[0], scale[0]).double()
+            got = products.matvec(size * rows, q[0], scale[0]).double()
             torch.testing.assert_close(got / size, rows.double() @ exact[0].double().T, rtol=1e-5, atol=1e-4)
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException, Dynamic
 from torch.testing import assert_close
 
 import kernel
+import products
 from convert import load_config
 from model import Config, Gate, MoE, Runtime
 
@@ -86,10 +87,10 @@ def moe() -> MoE:
 
 def with_amx(monkeypatch) -> list:
     """As on a CPU with AMX, in fp32. Returns a list that will hold the shape of each product of a stack."""
-    products, grouped = [], kernel.grouped
-    monkeypatch.setattr(kernel, "multiplies_tiles", lambda x: True)
-    monkeypatch.setattr(kernel, "grouped", lambda x, w, ends: products.append(w.shape) or grouped(x, w, ends))
-    return products
+    shapes, grouped = [], products.grouped
+    monkeypatch.setattr(products, "multiplies_tiles", lambda x: True)
+    monkeypatch.setattr(products, "grouped", lambda x, w, ends: shapes.append(w.shape) or grouped(x, w, ends))
+    return shapes
 
 
 @pytest.mark.parametrize("n, amx, offset", [(500, False, 0), (500, True, 0), (100, True, 0), (500, True, 1)],
@@ -97,7 +98,7 @@ def with_amx(monkeypatch) -> list:
 def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(n, amx, offset, monkeypatch):
     """With AMX in three products of all experts, W x^T for few tokens, if the last stack, too, begins where
     PyTorch wants it."""
-    products, layer, tokens = with_amx(monkeypatch) if amx else [], moe(), X[:n]
+    shapes, layer, tokens = with_amx(monkeypatch) if amx else [], moe(), X[:n]
     w2 = layer.experts.w2
     elsewhere = torch.empty(w2.weight.numel() + offset)[offset:].view_as(w2.weight).copy_(w2.weight)
     w2.weight = torch.nn.Parameter(elsewhere, requires_grad=False)
@@ -116,7 +117,7 @@ def test_the_sum_over_chosen_experts_equals_a_dense_float64_sum_over_all(n, amx,
         expected += dense[:, e, None] * out                                     # V3 Eq. 12
     ours = layer(tokens.view(5, -1, 256)).view(n, 256)
     assert (ours - expected).abs().max() <= 1e-5 * expected.std()
-    assert len(products) == (3 if amx and not offset else 0)
+    assert len(shapes) == (3 if amx and not offset else 0)
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -134,14 +135,15 @@ def test_experts_that_nobody_chose_are_not_read(amx, monkeypatch):
 
 def test_an_experts_choices_are_neighbours_with_amx_in_sixteens(monkeypatch):
     ids = torch.tensor([[2, 0], [0, 3], [2, 0]])
-    x, rows, ends = kernel.by_expert(X[:3], ids, 4)
+    x, rows, ends = products.by_expert(X[:3], ids, 4)
     assert rows.tolist() == [[3, 0], [1, 5], [4, 2]] and ends.tolist() == [3, 3, 5, 6]
     assert torch.equal(x, X[[0, 1, 2, 0, 2, 1]])
     with_amx(monkeypatch)
-    x, rows, ends = kernel.by_expert(X[:3], ids, 4)
+    x, rows, ends = products.by_expert(X[:3], ids, 4)
     assert rows.tolist() == [[30, 13], [14, 47], [31, 15]] and ends.tolist() == [16, 16, 32, 48]
     assert len(x) == 64 and torch.equal(x[rows], X[:3, None].expand(3, 2, 256))
-    assert kernel.can_group(X, torch.empty(4, 12, 256)) and not kernel.can_group(X, torch.empty(4, 256, 12))
+    assert products.can_group(X, torch.empty(4, 12, 256))
+    assert not products.can_group(X, torch.empty(4, 256, 12))
 
 
 def fp8_moe() -> MoE:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-import kernel
+import products
 from convert import load_config
 from decode import Decoder
 from model import Cache, Runtime, Shard
@@ -70,12 +70,12 @@ MEASURE = """
 import sys, re
 sys.path[:0] = [{root!r}]
 import torch
-import kernel
+import products
 from convert import Checkpoint, load_model
 from generate import Sampling, generate
 from model import Runtime
 torch.set_num_threads(1)
-kernel.MULTIPLIES_BF16 = kernel.AMX = False
+products.MULTIPLIES_BF16 = products.AMX = False
 model = load_model(Checkpoint({path!r}), Runtime(max_seq_len=2048, prefill_chunk={chunk}, dtype={dtype}))
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -97,8 +97,8 @@ LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_r
     (LATENT, 128, torch.bfloat16)], ids=["dense", "expanded bf16 in one chunk", "absorbed", "absorbed bf16"])
 def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path, monkeypatch):
     """bf16 as on a CPU that multiplies in fp32, which takes copies."""
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
-    monkeypatch.setattr(kernel, "AMX", False)
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", False)
+    monkeypatch.setattr(products, "AMX", False)
     tiny.write(tmp_path, config)
     rt = Runtime(dtype=dtype, max_seq_len=2048, prefill_chunk=chunk)
     p = plan.plan(load_config(tmp_path / "config.json"), rt)

@@ -17,6 +17,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 import convert
 import kernel
+import products
 from model import MLA, MLP, Gate, RMSNorm, Runtime, Step, apply_rope, both_angles
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +115,7 @@ def test_bf16_is_multiplied_as_such_where_the_cpu_can(avx512, its_bf16, fast, mo
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: its_bf16)
-    spec = importlib.util.spec_from_file_location("kernel_of_another_cpu", kernel.__file__)
+    spec = importlib.util.spec_from_file_location("products_of_another_cpu", products.__file__)
     spec.loader.exec_module(other := importlib.util.module_from_spec(spec))
     assert other.MULTIPLIES_BF16 == fast == (not other.fp32_is_faster(torch.empty(1, dtype=torch.bfloat16)))
 
@@ -123,34 +124,34 @@ def test_bf16_is_multiplied_as_such_where_the_cpu_can(avx512, its_bf16, fast, mo
 def test_bf16_multiplied_in_fp32_is_rounded_once(rows, n, k, monkeypatch):
     """As on a CPU without bf16 instructions. W has three parts, the last of them shorter. Rounding to bf16
     costs at most 2^-8 of the result, a sum of k products in fp32 k * 2^-24 of the sum of their sizes."""
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", False)
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", False)
     x, w = noise(rows, k).bfloat16(), noise(n, k, seed=1).bfloat16()
     batch, right = noise(3, rows, 64, seed=2).bfloat16(), noise(3, 64, 50, seed=3).bfloat16()
-    for result, a, b in ((kernel.linear(x, w), x, w.T), (kernel.matmul(batch, right), batch, right)):
+    for result, a, b in ((products.linear(x, w), x, w.T), (products.matmul(batch, right), batch, right)):
         a, b = a.double(), b.double()
         exact, slack = a @ b, a.shape[-1] * 2 ** -24 * (a.abs() @ b.abs())
         assert result.dtype == torch.bfloat16 and result.shape == exact.shape
         assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
-    assert torch.equal(kernel.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows
+    assert torch.equal(products.linear(x[:4], w), torch.nn.functional.linear(x[:4], w))       # few rows
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 50), (1, 100), (2, 100)])
 def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
     """As W x^T; a row as W x. The tolerance is that of the test above; the bias is added to a rounded sum."""
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
-    monkeypatch.setattr(kernel, "AMX", True)
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", True)
+    monkeypatch.setattr(products, "AMX", True)
     sizes = (*shape, 700), (601, 700), (601,)
     x, w, bias = (noise(*size, seed=i).bfloat16() for i, size in enumerate(sizes))
     exact = x.double() @ w.double().T
     slack = 700 * 2 ** -24 * (x.double().abs() @ w.double().abs().T)
-    result = kernel.linear(x, w)
+    result = products.linear(x, w)
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
     assert ((result - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
-    assert torch.equal(kernel.linear(x, w, bias), result + bias)
+    assert torch.equal(products.linear(x, w, bias), result + bias)
     if x.shape[:-1].numel() > 4:                    # a compiled step does the same, though not for very many
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        monkeypatch.setattr(kernel, "matvec", None)
-        compiled = kernel.linear(x, w)
+        monkeypatch.setattr(products, "matvec", None)
+        compiled = products.linear(x, w)
         assert ((compiled - exact).abs() <= 2 ** -8 * (exact.abs() + slack) + slack).all()
         assert torch.equal(compiled, result) or x.shape[:-1].numel() > 64
 
@@ -158,10 +159,10 @@ def test_products_for_amx_are_the_product_rounded_once(shape, monkeypatch):
 def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
     """Against float64: bf16 rounds by 2^-9 at most, here four times on the way. Where weights do not begin
     with a cache line, rows are taken together, 65 or more by F.linear. Pieces are filled up to sixteens."""
-    monkeypatch.setattr(kernel, "MULTIPLIES_BF16", True)
-    monkeypatch.setattr(kernel, "AMX", True)
-    mlp, seen, linear = MLP(3 * 256, TINY, HALF), [], kernel.linear
-    monkeypatch.setattr(kernel, "linear",
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", True)
+    monkeypatch.setattr(products, "AMX", True)
+    mlp, seen, linear = MLP(3 * 256, TINY, HALF), [], products.linear
+    monkeypatch.setattr(products, "linear",
                         lambda x, *args: seen.append(x.shape[:-1].numel()) or linear(x, *args))
     for offset, rows in ((0, [256, 256, 96]), (16, [600])):
         for i, (name, t) in enumerate(mlp.state_dict().items()):
@@ -175,7 +176,7 @@ def test_with_amx_an_mlp_takes_many_rows_in_pieces_and_sixteens(monkeypatch):
         error = mlp(x.view(2, 300, -1)).view_as(x) - exact
         assert (error.norm(dim=-1) <= 2 ** -7 * exact.norm(dim=-1)).all() and seen[::3] == rows
         full = torch.nn.functional.linear(x[:65], mlp.w1.weight)
-        assert kernel.in_lines(mlp.w1.weight) == (offset == 0)
+        assert products.in_lines(mlp.w1.weight) == (offset == 0)
         assert offset == 0 or torch.equal(linear(x[:65], mlp.w1.weight), full)
-    assert [kernel.spare_rows(rows, x) for rows in (1, 8, 9, 16, 33)] == [0, 0, 7, 0, 15]
-    assert kernel.spare_rows(33, x.float()) == 0
+    assert [products.spare_rows(rows, x) for rows in (1, 8, 9, 16, 33)] == [0, 0, 7, 0, 15]
+    assert products.spare_rows(33, x.float()) == 0
