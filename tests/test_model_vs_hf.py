@@ -9,6 +9,8 @@ Tolerance: fp32 has a relative precision of 6e-8, and sums of a few hundred term
 of the logit scale; 1e-5 is ten times that, and a thousand times less than any of the bugs in tests/mutants.py
 makes.
 """
+import random
+
 import pytest
 import tiny
 import torch
@@ -75,6 +77,46 @@ def test_logits_equal_huggingface(config, tmp_path):
             for layer in model.layers:
                 layer.attn.absorb_up_to = limit
             assert_same(tiny.logits(model, TOKENS), theirs)
+
+
+def drawn(seed: int):
+    """A config with settings that nobody has chosen to go together. Not of a few channels: where all of them
+    happen to be small, a norm magnifies rounding, HuggingFace's as ours."""
+    some = random.Random(seed)
+    heads, shared, layers = some.choice([1, 2, 3]), some.choice([1, 2, 5]), some.randint(1, 3)
+    settings = dict(intermediate_size=some.choice([16, 100, 257]), num_hidden_layers=layers,
+                    num_attention_heads=heads * shared, tie_word_embeddings=some.random() < 0.5,
+                    rms_norm_eps=some.choice([1e-6, 1e-5]), rope_theta=some.choice([1e3, 1e4, 1e6]))
+    family, size = some.choice(["deepseek_v3", "qwen2", "llama"]), some.choice([16, 20, 64])
+    if family == "qwen2":
+        return tiny.qwen2(**settings, num_key_value_heads=heads, hidden_size=heads * shared * size)
+    if family == "llama":
+        return tiny.llama(**settings, num_key_value_heads=heads, hidden_size=heads * shared * some.randint(16, 30),
+                          head_dim=some.choice([2, 20, 64]), rope_scaling=some.choice([None, LLAMA3]))
+    groups, per_group = some.choice([1, 2, 4]), some.choice([2, 3, 8])
+    kept = some.randint(1, groups)
+    return tiny.deepseek(
+        **settings, num_key_value_heads=heads * shared, hidden_size=some.choice([30, 100, 256]),
+        q_lora_rank=some.choice([None, 20, 50]), kv_lora_rank=some.choice([8, 40, 200]),
+        qk_rope_head_dim=some.choice([2, 10, 64]), qk_nope_head_dim=some.choice([8, 30, 64]),
+        v_head_dim=some.choice([6, 64, 100]), moe_intermediate_size=some.choice([8, 50, 100]),
+        n_routed_experts=groups * per_group, n_group=groups, topk_group=kept,
+        num_experts_per_tok=some.randint(1, min(8, per_group * kept)), n_shared_experts=some.randint(0, 2),
+        first_k_dense_replace=some.randint(0, layers), norm_topk_prob=some.random() < 0.5,
+        routed_scaling_factor=some.choice([1.0, 2.5]), rope_scaling=some.choice([None, {
+            **YARN, "factor": some.choice([1.0, 4.0, 40.0]), "mscale_all_dim": some.choice([0.707, 1.0]),
+            "original_max_position_embeddings": some.choice([8, 64, 4096])}]))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_logits_of_models_drawn_at_random_equal_huggingface(seed, tmp_path):
+    """In one piece, and in pieces that follow each other, as a prompt and its answer do."""
+    theirs = reference(tiny.write(tmp_path, drawn(seed)))
+    model = tiny.load(tmp_path)
+    assert_same(tiny.logits(model, TOKENS), theirs)
+    some, cuts = random.Random(seed), [0, 200]
+    cuts = sorted({*cuts, *some.choices(range(1, 200), k=4)})
+    assert_same(tiny.logits(model, TOKENS, [stop - start for start, stop in zip(cuts, cuts[1:])]), theirs)
 
 
 @pytest.mark.parametrize("make", [tiny.deepseek, tiny.qwen2, tiny.llama])
