@@ -114,8 +114,7 @@ def test_logits_of_models_drawn_at_random_equal_huggingface(seed, tmp_path):
     theirs = reference(tiny.write(tmp_path, drawn(seed)))
     model = tiny.load(tmp_path)
     assert_same(tiny.logits(model, TOKENS), theirs)
-    some, cuts = random.Random(seed), [0, 200]
-    cuts = sorted({*cuts, *some.choices(range(1, 200), k=4)})
+    cuts = sorted({0, 200, *random.Random(seed).choices(range(1, 200), k=4)})
     assert_same(tiny.logits(model, TOKENS, [stop - start for start, stop in zip(cuts, cuts[1:])]), theirs)
 
 
