@@ -296,13 +296,17 @@ def both_angles(angles: Tensor) -> Tensor:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x0, x1), (x2, x3) ... of x [b, s, h, r], in fp32, by cos, sin [b, s, 1, r] of angles
-    -a, a: to x0 cos(-a) + x1 sin(-a) = x0 cos(a) - x1 sin(a), and x1 cos(a) + x0 sin(a).
+    -a, a: as complex numbers, to (x0 + i x1) (cos(a) + i sin(a)).
 
     Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
     (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
     """
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                     # x1, x0, x3, x2, ...
-    return (x * cos + swapped * sin).to(x.dtype)                                # [b, s, h, r]
+    if torch.compiler.is_compiling():       # TorchInductor has real numbers only: x0 cos(-a) + x1 sin(-a), ..
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                 # x1, x0, x3, x2, ...
+        return (x * cos + swapped * sin).to(x.dtype)                            # [b, s, h, r]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # [b, s, h, r/2]
+    rotated = pairs * torch.complex(cos[..., 1::2], sin[..., 1::2])             # [b, s, h, r/2]
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)                  # [b, s, h, r]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,9 @@ def test_softmax_scale_carries_the_square_of_mscale():
     assert math.isclose(MLA(unscaled, Runtime()).scale, 192 ** -0.5, rel_tol=1e-12)
 
 
-def test_rotation_equals_complex_multiplication_in_float64():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotation_equals_complex_multiplication_in_float64(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, 8, generator=generator)
     angles = torch.randn(2, 5, 1, 4, generator=generator)

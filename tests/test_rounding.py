@@ -74,7 +74,9 @@ def test_a_gate_in_fp32_stays_so_as_in_huggingface(tmp_path):
         assert torch.equal(ours.weight, theirs.weight)
 
 
-def test_rotation_is_done_in_fp32_and_rounded_once():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotation_is_done_in_fp32_and_rounded_once(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x, angles = noise(2, 50, 4, 64).bfloat16(), both_angles(100 * noise(2, 50, 1, 32, seed=1))
     cos, sin = angles.cos(), angles.sin()
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
