@@ -14,8 +14,8 @@ FP8 operands, its result leaves the tensor core after N_C = 128 channels and is 
 Sections: 1 the definitions in plain PyTorch, which run everywhere; 2 the one place that decides what runs
 instead; 3 Triton kernels, and the launches that call them. Kernels exist only where Triton is installed.
 
-What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself; here
-also wkv_b, which absorbed attention uses in two parts, head by head.
+What stays out of FP8 (V3 section 3.3.1): embedding, output head, gate, norms and the attention itself. wkv_b
+is FP8 in the checkpoint, but not once it is loaded: absorbed attention uses it in two parts, head by head.
 Dimensions, a GEMM's, not model.py's: m tokens, n output features, k input features; nb = ceil(n / 128),
 kb = ceil(k / 128); e experts, s slots (a token at one of its experts), t tiles of slots.
 """

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,28 +99,29 @@ def activations(model: Transformer, rt: Runtime) -> int:
     """
     cfg = model.cfg
     s, t, ranks, size = min(rt.prefill_chunk, rt.max_seq_len), rt.max_seq_len, rt.tp.size, rt.dtype.itemsize
-    heads = cfg.n_heads // ranks
+    heads, seen = cfg.n_heads // ranks, t
     if cfg.mla:
-        a = cfg.mla
+        a, absorbs = cfg.mla, model.layers[0].attn.absorbs
+        seen = s + bisect_left(range(s, t), True, key=lambda slots: absorbs(s, slots))      # then it absorbs
+        few = bisect_left(range(2, s + 1), True, key=lambda queries: not absorbs(queries, t)) + 1
         qk, v, kv_heads = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
         latent = (a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)
         projected = s * (heads * (3 * qk + 2 * v) + latent)
-        expanded = t * heads * (qk + a.qk_nope_head_dim + v)
+        expanded = seen * heads * (qk + a.qk_nope_head_dim + v)
     else:
         qk, v, kv_heads = cfg.gqa.head_dim, cfg.gqa.head_dim, cfg.gqa.n_kv_heads // ranks
         projected, expanded = s * qk * (4 * heads + 4 * kv_heads), 0
     # attention.attend: keys and values for every head, on a CPU in the order in which it multiplies bf16;
     # without bf16 products instead queries, keys, values, mask and result in fp32
     if products.fp32_is_faster(rt):
-        copies = (2 * s * heads * qk + t * kv_heads * (2 * qk + v) + s * t) * 4 // size
+        copies = (2 * s * heads * qk + seen * kv_heads * (2 * qk + v) + s * seen) * 4 // size
     else:
-        copies = t * heads * (qk + v) * (kv_heads < heads or rt.device.type == "cpu")
+        copies = seen * heads * (qk + v) * (kv_heads < heads or rt.device.type == "cpu")
     attention = expanded + copies
     if cfg.mla:
-        limit = model.layers[0].attn.absorb_up_to
         score = size if rt.device.type == "cpu" else 3 * 4      # the mask for each head; or scores in fp32
-        absorbed = max(rt.rows, min(s, limit)) * heads * t * score // size
-        attention = max(absorbed, attention if s > limit else 0)
+        absorbed = max(rt.rows, few) * heads * t * score // size
+        attention = max(absorbed, attention)
     attention += projected
     inner = cfg.inter_dim if not cfg.moe else max(
         cfg.inter_dim, (cfg.moe.n_shared_experts + cfg.moe.n_activated_experts) * cfg.moe.moe_inter_dim)

@@ -23,12 +23,12 @@ Dimension letters, the same in shape comments and einsums:
     n  tokens, b * s         d  head dim (MLA: without r)        f  feed-forward dim
     P  ranks                 r  rotary dim (GQA: d)              v  value dim
 
-Each of P tensor-parallel ranks holds h/P heads and f/P feed-forward channels of everything. A forward pass
-communicates in two all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of
-the logits; generate.py broadcasts the tokens that rank 0 draws.
+Each of P tensor-parallel ranks holds h/P heads, f/P feed-forward channels, and vocab/P rows of embedding and
+head; the rest whole: norms, gate, and MLA's projections to the latents. A forward pass communicates in two
+all-reduces a layer (attention, feed-forward), one for the embedding, and one gather of the logits;
+generate.py broadcasts the tokens that rank 0 draws.
 """
 import math
-import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 
 import numpy as np
@@ -100,7 +100,7 @@ class MoEConfig:
     n_routed_experts: int               # 256   e
     n_shared_experts: int               # 1     experts that see every token
     n_activated_experts: int            # 8     k
-    n_expert_groups: int                # 8     consecutive experts form a group (one node each in training)
+    n_expert_groups: int                # 8     groups of consecutive experts (in training a node each)
     n_limited_groups: int               # 4     a token may use experts of this many groups
     moe_inter_dim: int                  # 2048  f of one expert
     route_scale: float                  # 2.5
@@ -133,7 +133,7 @@ class Config:
     gqa: GQAConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
-    fp8: bool = False                   # the layers' weights are block-wise e4m3 (kernel.py)
+    fp8: bool = False                   # weights of Linear are block-wise e4m3 (kernel.py: what is not)
     ue8m0: bool = False                 # scales of FP8 activations are powers of two (V3.1; not R1)
 
     def __post_init__(self):
@@ -214,8 +214,8 @@ class Runtime:
     """How we run a checkpoint: where, how precisely, how much at once; not what it computes."""
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.bfloat16     # of activations, cache and all weights that are not FP8
-    fp8: str = "dequant"                    # FP8 weights: "gemm" on FP8 activations, or converted to `dtype`,
-                                            # "dequant": for each product, "bf16": once, at load
+    fp8: str = "dequant"                    # FP8 weights meet FP8 activations ("gemm"), or are converted to
+                                            # `dtype` for each product ("dequant"), or at load ("bf16")
     tp: Shard = Shard()
     rows: int = 1                           # sequences that the cache holds
     max_seq_len: int = 4096                 # tokens that the cache holds per sequence
@@ -253,8 +253,9 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, strength: float) -> float:
-    """YaRN section 3.4: a stretched context needs sharper attention, by this factor squared (R1: 1.3689^2 =
-    1.874). V2 section 3.1.4 had 0.0707 in place of 0.1."""
+    """YaRN section 3.4: a stretched context needs sharper attention, by this factor on q and on k, so squared
+    (R1: 1.3689^2 = 1.874). `strength` is a config's mscale or mscale_all_dim. V2 section 3.1.4 had 0.0707 in
+    place of 0.1."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -290,7 +291,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
 
 
 def both_angles(angles: Tensor) -> Tensor:
-    """[..., r/2] -> [..., r]: the angle a of a pair as -a, a, so that one sum in apply_rope rotates both."""
+    """[..., r/2] -> [..., r]: the angle a of a pair as -a, a, for the real form in apply_rope."""
     return torch.stack((-angles, angles), dim=-1).flatten(-2)
 
 
@@ -301,11 +302,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
     (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
     """
-    if torch.compiler.is_compiling():       # TorchInductor has real numbers only: x0 cos(-a) + x1 sin(-a), ..
+    # TorchInductor has real numbers only. Not compiled, the complex form takes a third of the real one's time
+    if torch.compiler.is_compiling():           # x0 cos(-a) + x1 sin(-a), x1 cos(a) + x0 sin(a), ...
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                 # x1, x0, x3, x2, ...
         return (x * cos + swapped * sin).to(x.dtype)                            # [b, s, h, r]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # [b, s, h, r/2]
-    rotated = pairs * torch.complex(cos[..., 1::2], sin[..., 1::2])             # [b, s, h, r/2]
+    rotated = pairs * torch.complex(cos[..., 1::2], sin[..., 1::2])             # 1::2 are a's [b, s, h, r/2]
     return torch.view_as_real(rotated).flatten(-2).to(x.dtype)                  # [b, s, h, r]
 
 
@@ -391,7 +393,7 @@ class Step:
 def all_reduce(x: Tensor, tp: Shard) -> Tensor:
     """Sum the ranks' partial results."""
     if tp.size > 1:
-        x = x.contiguous()      # what is added is what lies in memory, in one order for all ranks
+        x = x.contiguous()      # memory is added up as it lies, so it must lie alike on all ranks
         dist.all_reduce(x)
     return x
 
@@ -433,7 +435,7 @@ class Linear(nn.Module):
             return products.linear(x, weight, self.bias)
         if self.fp8 == "gemm":                                  # no bias: convert.py reads no FP8 for GQA
             return kernel.fp8_gemm(*kernel.act_quant(x, self.ue8m0), weight, scale, x.dtype)
-        if products.few(x):
+        if products.few(x):                                     # compiled: one pass over W as FP8
             return products.matvec(x, weight, scale)
         return products.linear(x, kernel.weight_dequant(weight, scale, x.dtype))
 
@@ -512,15 +514,18 @@ class MLA(nn.Module):
     """Attention that caches one small latent vector per token, not keys and values per head (V2 section 2.1).
 
     Keys and values of all heads are linear functions of a shared latent c_kv, which is stored in their place.
-    A linear map and a rotation that depends on the position do not commute, so position travels apart, in one
-    rotary key k_pe for all heads, stored beside it (V2 section 2.1.3). R1 caches 512 + 64 numbers a token and
-    layer where 128 heads of keys (192) and values (128) would take 40,960, 71 times as many: 70 KB a token
-    over 61 layers instead of 5.0 MB. Ranks split the heads; each keeps every latent.
+    R1 caches 512 + 64 numbers a token and layer where 128 heads of keys (192) and values (128) would take
+    40,960, 71 times as many: 70 KB a token over 61 layers instead of 5.0 MB. Ranks split the heads; each
+    keeps every latent.
 
     The same function has two orders of evaluation. Expanded: make keys and values from the latents, then
     attend; cheaper for many queries. Absorbed: move the up-projections W^UK and W^UV over to the query and
-    the output and attend among the latents, so that nothing is expanded; cheaper for few queries (R1: up to
-    170), as when it decodes.
+    the output and attend among the latents, so that nothing is expanded; cheaper for few queries among many
+    slots (R1: up to 170), as when it decodes.
+
+    RoPE on the expanded keys would put a rotation, for each distance another one, between the query and W^UK,
+    which then could not move over. So position travels apart, in one rotary key k_pe for all heads, stored
+    beside the latent: the 64 numbers (V2 section 2.1.3).
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
@@ -541,9 +546,6 @@ class MLA(nn.Module):
         self.wo = Linear(self.heads * self.v, cfg.dim, cfg, rt)
         mscale = yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim)
         self.scale = (self.d + self.r) ** -0.5 * mscale ** 2                    # R1: 192^-1/2 * 1.874 = 0.135
-        # Products per head and slot, s queries: s * (2c + r) absorbed, c * (d + v) + s * (d + r + v) expanded
-        extra = (2 * self.c + self.r) - (self.d + self.r + self.v)
-        self.absorb_up_to = self.c * (self.d + self.v) // extra if extra > 0 else sys.maxsize       # R1: 170
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, ...]) -> Tensor:
         """x [b, s, m], cache: one buffer [b, >= t, c+r] -> this rank's partial sum [b, s, m]."""
@@ -555,9 +557,17 @@ class MLA(nn.Module):
         pe = apply_rope(torch.cat([q_pe, k_pe[:, :, None]], dim=2), step.cos, step.sin)
         q_pe, k_pe = pe.split([self.heads, 1], dim=2)       # V3 Eq. 8, 3 [b, s, h/P, r], [b, s, 1, r]
         latents = step.store(cache[0], torch.cat([c_kv, k_pe[:, :, 0]], dim=-1))        # [b, t, c+r]
-        order = self._absorbed if x.shape[1] <= self.absorb_up_to else self._expanded
+        order = self._absorbed if self.absorbs(x.shape[1], latents.shape[1]) else self._expanded
         o = order(q_nope, q_pe, latents, step)                                  # [b, s, h/P, v]
         return self.wo(o.flatten(2))                                            # V3 Eq. 11 [b, s, m]
+
+    def absorbs(self, s: int, t: int) -> bool:
+        """Whether s queries among t slots are cheaper absorbed, in multiply-adds per head: one query always,
+        a prompt's first chunk, where s = t, never (R1)."""
+        project = self.c * (self.d + self.v)            # W^UK and W^UV: for each query, or for each slot
+        absorbed = s * project + s * t * (2 * self.c + self.r)
+        expanded = t * project + s * t * (self.d + self.r + self.v)
+        return s == 1 or absorbed <= expanded
 
     def _expanded(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
         """V3 Eq. 10 as written: per-head keys and values from the latents, then ordinary attention."""
@@ -570,14 +580,14 @@ class MLA(nn.Module):
         return attend(q, k, v, step.bias, step.positions, self.scale)           # [b, s, h/P, v]
 
     def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, step: Step) -> Tensor:
-        """V2 section 2.1.2: q . (W^UK c) = (W^UK^T q) . c, and sum_j p_j (W^UV c_j) = W^UV sum_j p_j c_j, so
-        the latents themselves are keys and values."""
+        """V2 section 2.1.2: q . (W^UK c_kv) = (W^UK^T q) . c_kv, and sum_j p_j (W^UV c_kv_j) =
+        W^UV sum_j p_j c_kv_j, so the latents themselves are keys and values."""
         # W^UK [h/P, d, c] and W^UV [h/P, v, c] alternate in wkv_b head by head. kernel.py has no FP8 product
         # for each head, so convert.load_model dequantises it
         w_k, w_v = self.wkv_b.weight.unflatten(0, (self.heads, -1)).split([self.d, self.v], dim=1)
         q_c = per_head(q_nope, w_k)                             # W^UK absorbed into the query [b, s, h/P, c]
         q = torch.cat([q_c, q_pe], dim=-1)                                      # [b, s, h/P, c+r]
-        # V3 Eq. 10 with one key for all heads, [c; k_pe], and c as its value                [b, s, h/P, c]
+        # V3 Eq. 10 with one key for all heads, [c_kv; k_pe], and c_kv as its value          [b, s, h/P, c]
         o_c = attend_latents(q, latents, self.c, step.bias, step.positions, self.scale)
         return per_head(o_c, w_v.mT)                            # W^UV applied to the output   [b, s, h/P, v]
 
@@ -601,7 +611,7 @@ class MLP(nn.Module):
         def swiglu(x: Tensor) -> Tensor:
             inner = F.silu(self.w1(x, expert)) * self.w3(x, expert)             # [..., f/P]
             return self.w2(inner, expert)
-        return products.by_pieces(swiglu, x, self.w1.weight)
+        return products.by_pieces(swiglu, x, self.w1.weight)                    # swiglu(x)
 
 
 class Gate(nn.Module):
@@ -609,13 +619,14 @@ class Gate(nn.Module):
 
     R1 picks 8 of 256, from at most 4 of 8 groups. In training a group is a node, so a token travels to at
     most 4 nodes. The bias b_i balances the experts' load, nearly without a loss term: training nudges it up
-    for idle experts, down for busy ones. It takes part in the choice only; weights come from unbiased scores.
+    for idle experts, down for busy ones. It takes part in the choice only, as it tells how busy an expert is,
+    not how well it suits a token: weights come from unbiased scores.
     """
 
     def __init__(self, cfg: Config, rt: Runtime):
         super().__init__()
         self.moe = cfg.moe
-        # e_i of V3 Eq. 15. Stays in fp32 if the checkpoint has it in fp32; R1's is in bf16
+        # e_i of V3 Eq. 15. convert.load_model keeps it in fp32 if the checkpoint has it so; R1's is in bf16
         self.weight = declare(cfg.moe.n_routed_experts, cfg.dim, dtype=rt.dtype)
         bias = torch.empty(cfg.moe.n_routed_experts, dtype=torch.float32, device="meta")
         self.register_buffer("bias", bias)                                      # b_i of V3 Eq. 16
@@ -675,7 +686,8 @@ class MoE(nn.Module):
         return (y + routed).to(x.dtype).view_as(x)
 
     def _sorted(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read."""
+        """The routed experts' sum [n, m] in fp32, expert by expert; only those that were hit are read. Here s
+        are rows sorted by expert, n * k and with AMX spare ones."""
         w1, w2, w3 = self.experts.w1.weight, self.experts.w2.weight, self.experts.w3.weight
         x, rows, ends = products.by_expert(tokens, experts, len(w1))            # [s, m], [n, k], [e]
         if products.can_group(x, w1, w2, w3):
@@ -687,7 +699,8 @@ class MoE(nn.Module):
         return torch.bmm(weights[:, None], x[rows].float())[:, 0]               # V3 Eq. 12
 
     def _grouped(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """The same sum; its products take two launches, and the host need not know the choice."""
+        """The same sum; its products take two launches, and the host need not know the choice. Here a group
+        is an expert's tokens, and a slot one of the n * k choices."""
         w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
         groups = kernel.group(experts, n_experts=len(w1.weight))                # slots [n * k], by expert
         gate, up = kernel.grouped_fp8_gemm(*kernel.act_quant(tokens, self.ue8m0), [w1.weight, w3.weight],

@@ -15,7 +15,7 @@ import kernel
 import products
 from attention import attend, attend_fused, attend_latents, attend_runs
 from convert import load_config
-from model import Cache, Runtime
+from model import MLA, Cache, Runtime
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.randint(0, 256, (3, 120), generator=torch.Generator().manual_seed(2))
@@ -26,8 +26,8 @@ def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
     tiny.write(path, tiny.llama() if request.param == "gqa" else tiny.deepseek())
     made = tiny.load(path, rows=4)
-    for layer in made.layers:
-        layer.attn.absorb_up_to = 0 if request.param == "expanded mla" else 1000
+    if made.cfg.mla:
+        tiny.evaluate(made, request.param.removesuffix(" mla"))
     return made
 
 
@@ -39,9 +39,8 @@ def test_absorbed_equals_expanded(tmp_path):
     tiny.write(tmp_path, tiny.deepseek(kv_lora_rank=512))
     model = tiny.load(tmp_path)
     outputs = []
-    for limit in (0, 1000):
-        for layer in model.layers:
-            layer.attn.absorb_up_to = limit
+    for order in ("expanded", "absorbed"):
+        tiny.evaluate(model, order)
         outputs.append(tiny.logits(model, TOKENS[:2], [100, 1, 19]))
     assert not torch.equal(*outputs)        # two orders of evaluation, not one under two names
     assert_same(*outputs)
@@ -213,7 +212,12 @@ def resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_absorbed_form_is_used_up_to_the_break_even_point_of_r1():
-    from model import MLA
-    cfg = replace(load_config(ROOT / "config_671B.json"), n_layers=1)
-    assert MLA(cfg, Runtime()).absorb_up_to == 170
+@pytest.mark.parametrize("s", [1, 2, 40, 128, 129, 170, 171, 2048])
+@pytest.mark.parametrize("t", [1, 2, 40, 128, 170, 512, 2048, 40_000, 10 ** 6])
+def test_r1_evaluates_latent_attention_in_the_cheaper_order(s, t):
+    """By the products of its two orders, each matrix with its sizes; a single query is always absorbed."""
+    rank, nope, rope, value = 512, 128, 64, 128
+    keys_and_values = t * rank * (nope + value) + s * t * (nope + rope) + s * t * value
+    among_latents = s * nope * rank + s * t * (rank + rope) + s * t * rank + s * rank * value
+    absorbs = MLA(replace(load_config(ROOT / "config_671B.json"), n_layers=1), Runtime()).absorbs
+    assert absorbs(s, t) == (s == 1 or among_latents <= keys_and_values)

@@ -97,15 +97,14 @@ def test_102_440_tokens_in_view_give_huggingfaces_logits(tmp_path, monkeypatch):
     model.rope_freqs = both_angles(theirs.model.rotary_emb.inv_freq)
     cache, attention = Cache.allocate(model.cfg, model.rt), model.layers[0].attn
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "absorb_up_to", 0)
+        tiny.evaluate(model, "expanded")
         patch.setattr(attention, "_expanded", lambda q, *_: torch.zeros(*q.shape[:3], attention.v))
         generate.prefill(model, tokens[0, :-40].tolist(), cache, 0)
     assert cache.lengths.tolist() == [n - 40]
-    for forms, tolerance in (({"absorb_up_to": 0}, 1e-5), ({"absorb_up_to": 40}, 1e-5), ({}, 2e-4)):
+    for order, split, tolerance in (("expanded", [40], 1e-5), ("absorbed", [40], 1e-5),
+                                    ("absorbed", [1] * 40, 2e-4)):
         cache.lengths[0] = n - 40
-        for name, value in forms.items():
-            setattr(attention, name, value)
-        split = [40] if forms else [1] * 40
+        tiny.evaluate(model, order)
         ours = torch.cat([model(piece, cache) for piece in tokens[:, -40:].split(split, dim=1)], dim=1)
         assert (ours - expected).abs().max() <= tolerance * expected.std()
 

@@ -117,7 +117,8 @@ def config(name: str, path: Path) -> Config:
 
 def test_these_chunks_take_both_forms_of_latent_attention(tmp_path):
     cfg = config("r1", tmp_path)
-    assert min(CHUNKS) < MLA(cfg, Runtime(tp=Shard(0, 4))).absorb_up_to < max(CHUNKS)
+    absorbs = MLA(cfg, Runtime(tp=Shard(0, 4))).absorbs
+    assert [absorbs(s, sum(CHUNKS[:i + 1])) for i, s in enumerate(CHUNKS)] == [False, True, True, True]
 
 
 def test_each_rank_caches_its_share_of_the_heads_but_every_latent(tmp_path):

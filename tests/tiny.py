@@ -118,6 +118,12 @@ def load(path: Path, tp: Shard = Shard(), **settings) -> Transformer:
     return load_model(Checkpoint(path), Runtime(tp=tp, **settings))
 
 
+def evaluate(model: Transformer, order: str) -> None:
+    """From now on MLA evaluates in one order, "absorbed" or "expanded", however many queries there are."""
+    for layer in model.layers:
+        layer.attn.absorbs = lambda s, t: order == "absorbed"
+
+
 def logits(model: Transformer, tokens: torch.Tensor, chunks: list[int] | None = None) -> torch.Tensor:
     """Logits of all positions of tokens [b, s], run in one piece or in `chunks` of these sizes."""
     cache = Cache.allocate(model.cfg, model.rt).view(slice(0, tokens.shape[0]), model.rt.max_seq_len)
