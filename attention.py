@@ -52,7 +52,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     grouped = shared and (q.device.type == "cpu" or first and q.dtype != torch.float32)
     if shared and not grouped:
         k, v = (x.repeat_interleave(q.shape[3], dim=2) for x in (k, v))
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                                             # [b, h, t, ..]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                                     # [b, h or g, t, ..]
     q = q.flatten(2, 3).transpose(1, 2)                                                     # [b, h, s, d]
     o = F.scaled_dot_product_attention(q, k, v, None if first else bias, is_causal=first, scale=scale,
                                        enable_gqa=grouped)
@@ -69,7 +69,8 @@ def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Ten
         return attend_runs(q, one_head, one_head[..., :c], bias, scale)
     queries = q.flatten(1, 2)                   # as those of one head, so that keys are read once
     if kernel.device_kind(q.device) == "cpu":
-        bias, keys = bias.repeat_interleave(q.shape[2], dim=2), keys[:, None]               # [b, 1, t, c+r]
+        bias, keys = bias.repeat_interleave(q.shape[2], dim=2), keys[:, None]   # [b, 1, s*h, t], [.., t, c+r]
+        # Whole keys as values, which are cut later: as in attend_fused, v = d
         o = F.scaled_dot_product_attention(queries[:, None], keys, keys, bias, scale=scale)[:, 0, :, :c]
     else:
         scores = (keys @ queries.mT).mT.unflatten(1, q.shape[1:3])                          # [b, s, h, t]
@@ -84,18 +85,19 @@ def attend_latents(q: Tensor, keys: Tensor, c: int, bias: Tensor, positions: Ten
 
 
 def join(parts: Tensor, lse: Tensor) -> Tensor:
-    """The mean over all runs: parts [..., runs, v], lse fp32 [..., runs] -> fp32 [..., v]."""
+    """The mean over all runs: parts [..., runs, v], lse fp32 [..., runs] -> fp32 [..., v]. A run's mean was
+    divided by its own sum of e^score, which is e^lse: weighted with that, runs add up as if never cut."""
     return (lse.softmax(-1)[..., None] * parts).sum(-2)
 
 
 def can_attend_runs(q: Tensor) -> bool:
-    """Not in eager steps: for few keys the plain form takes less time."""
+    """Not in eager steps, where its calls take more time than they save for few keys."""
     return q.shape[1] == 1 and torch.compiler.is_compiling() and kernel.device_kind(q.device) == "cpu"
 
 
 def attend_runs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """`attend` for q [b, 1, h, d] and t a multiple of 16, on a CPU. PyTorch's kernel leaves a head's keys to
-    one thread, so there are runs enough for all threads. In MLA's absorbed form v is the front of k."""
+    one thread, so they are cut while threads are left. In MLA's absorbed form v is the front of k."""
     (b, _, g, d), size = k.shape, v.shape[-1]
     runs = 1 << min(4, max(1, torch.get_num_threads() // (b * g)).bit_length() - 1)     # 1, 2, 4, 8 or 16
     if size < d:

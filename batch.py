@@ -30,7 +30,7 @@ def read_prompts(path: Path) -> list[dict]:
     JSON lines are what a file named .jsonl or .json holds, or one whose first line begins with a brace.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\r\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")      # CR LF is read as LF
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from None
     if lines == [""]:
@@ -43,7 +43,7 @@ def read_record(line: str, is_json: bool, where: str) -> dict:
     if not line.strip():
         raise ValueError(f"{where}: empty; each line is one prompt")
     try:
-        record = json.loads(line) if is_json else {"prompt": line.removesuffix("\r")}
+        record = json.loads(line) if is_json else {"prompt": line}
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()    # could it be written again?
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: not valid Unicode: {error}") from None
@@ -93,7 +93,8 @@ class Results:
         self.settings, self.resume = settings, resume
         if part is None or not part.exists():
             if resume and out.exists():
-                raise ValueError(f"{out}: complete; there is nothing to resume")
+                raise ValueError(f"{out}: complete; there is nothing to resume. If another run made it: "
+                                 f"without --resume it is replaced")
             return
         if not resume:
             raise ValueError(f"{part}: another run writes it, or was interrupted; then --resume goes on "
@@ -145,7 +146,7 @@ class Results:
         plain = self.out is None and not (sys.stdout.encoding or "utf").lower().startswith("utf")
         lines = [json.dumps(self.records[key], ensure_ascii=plain) for key in sorted(self.records)]
         if self.out is None:
-            print("\n".join(lines))
+            print("\n".join(lines), flush=True)         # if that fails, here
         else:
             write_file(self.out, "\n".join(lines) + "\n")
             self.part.unlink(missing_ok=True)

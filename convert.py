@@ -122,11 +122,10 @@ def load_config(path: Path) -> Config:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     data = read_json(path)
-    theirs = "model_type" in data
     try:
-        return config_from_hf(data) if theirs else Config.from_dict(data)
+        return config_from_hf(data) if "model_type" in data else Config.from_dict(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {_name_theirs(error) if theirs else error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def config_from_hf(data: dict) -> Config:
@@ -166,7 +165,11 @@ def config_from_hf(data: dict) -> Config:
     if keys:
         raise ValueError(f"unknown key {min(keys)!r} (value {keys[min(keys)]!r}): it might change the model; "
                          f"if it does not, remove it or pass a config of this project with --config")
-    cfg = Config.from_dict(ours)        # YaRN as Qwen advises to add it leaves max_position_embeddings alone
+    try:
+        cfg = Config.from_dict(ours)
+    except ValueError as error:
+        raise ValueError(_name_theirs(error)) from None
+    # YaRN as Qwen advises to add it leaves max_position_embeddings alone
     stretched = int(cfg.rope.factor * cfg.rope.original_context_len) if cfg.rope.kind == "yarn" else 0
     return replace(cfg, context_len=max(cfg.context_len, stretched))
 
@@ -203,7 +206,8 @@ def _rope(keys: dict) -> dict:
 
 
 def _fp8(quantization: dict | None) -> dict:
-    """Our keys about FP8. Which modules are quantised, the checkpoint's tensors say themselves."""
+    """Our keys about FP8. Its lists of modules left out are not read: all tensors must be stored as model.py
+    declares them, unless they are converted on the way."""
     if quantization is None:
         return {}
     wanted = {"quant_method": ["fp8"], "weight_block_size": [[kernel.BLOCK, kernel.BLOCK]],
@@ -371,13 +375,14 @@ class Checkpoint:
         return dtype
 
     def _leftovers(self, keys: set[str]) -> list[str]:
-        """Explain every key that the model does not use, or raise ValueError with the first one."""
+        """Notes on keys that the model does not use, but for empty ones and what the config implies.
+        ValueError: the first one that may change the model."""
         notes, mtp = [], {}
         for key in sorted(keys):
             layer = re.match(r"model\.layers\.(\d+)\.", key)
             if layer and int(layer[1]) >= self.cfg.n_layers and f"{layer[0]}eh_proj.weight" in keys:
                 mtp[layer[1]] = mtp.get(layer[1], 0) + 1
-            elif 0 in self.header(self.where[key])[key][1]:     # HuggingFace's for no shared experts
+            elif 0 in self.header(self.where[key])[key][1]:     # HuggingFace's, if no expert is shared
                 continue
             elif key == "lm_head.weight" and self.cfg.tie_embeddings:
                 self._check_tied(key, "model.embed_tokens.weight")
@@ -399,7 +404,8 @@ class Checkpoint:
 
     def mapped_bytes(self, rt: Runtime) -> int:
         """Bytes of a rank's weights that a CPU reads where they are, in a mapped file: those that load_model
-        need not cast, reorder, stack, or cut by columns. None of an FP8 checkpoint are counted."""
+        need not cast, reorder, stack, or cut by columns. None of an FP8 checkpoint are counted, though most
+        are mapped, too: R1 would read 37 GB for each token from the disk."""
         if rt.device.type != "cpu" or self.cfg.fp8:
             return 0
         return sum(math.prod(entry.shape) * entry.dtype.itemsize
@@ -500,7 +506,8 @@ def convert(checkpoint: Checkpoint, out: Path, ranks: int, dtype: torch.dtype | 
     if not (parts or finished):
         others += out.glob("config.json")
     if others:
-        raise ValueError(f"{others[0]}: of another checkpoint; remove it or choose another folder")
+        raise ValueError(f"{others[0]}: of another checkpoint, number of ranks or dtype; remove it or choose "
+                         f"another folder")
     out.mkdir(parents=True, exist_ok=True)
     for stale in parts - {file.part for file in todo}:
         stale.unlink()                  # left by an interrupted conversion for another number of ranks
@@ -523,7 +530,7 @@ def copy_companions(source: Path, out: Path) -> None:
 
 
 def _check_disk(out: Path, files: list["RankFile"]) -> None:
-    there = sum(file.ends[file.n_complete(file.part)] for file in files if file.part.exists())
+    there = sum(file.part.stat().st_size for file in files if file.part.exists())   # kept, or given back
     missing, free = sum(file.ends[-1] for file in files) - there, shutil.disk_usage(out).free
     if missing > free:
         raise OSError(f"{out}: {missing / 1e9:.3g} GB are still to be written, and its disk has "

@@ -7,8 +7,8 @@
                 kernels that TorchInductor has merged (`fused`)
 
 A graph needs shapes and places that do not change: what goes in is written into buffers that stay where they
-are, positions count on the device (Cache.lengths), and a step is made for a power of two of slots. The host
-waits for nothing but the end, and reads nothing but what was drawn.
+are, positions count on the device (Cache.lengths), and a step is made for a power of two of slots, or for all
+of them. The host waits for nothing but the end, and reads nothing but what was drawn.
 """
 import functools
 import shutil
@@ -29,7 +29,7 @@ LEAST = 512     # slots of a cache for graphs: up to 256, one run of attend_one'
 
 
 def cache_slots(rt: Runtime) -> int:
-    """Slots of a decoder's cache: compiled steps read a multiple of 64."""
+    """Slots of a decoder's cache: compiled steps read multiples of 64, which attention cuts into runs."""
     return max(-(-rt.max_seq_len // 64) * 64, LEAST) if rt.compile else rt.max_seq_len
 
 
@@ -153,7 +153,7 @@ class Decoder:
         if not self.rt.compile:
             return self.eager(n, slots, draw)
         rows = 1 if n == 1 else self.rt.rows            # two sizes are compiled, no more
-        if n < rows:                                    # no completion: a token in the first slot
+        if n < rows:                                    # others run a token, too: always in the first slot
             self.cache.lengths[n:rows] = 0
         run = self.replayed if cuda else self.compiled
         return tuple(drawn[:n] for drawn in run(rows, slots, draw))

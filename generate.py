@@ -108,8 +108,8 @@ class Event:
     sample: int                         # which of its completions
     tokens: tuple[int, ...]             # new tokens; the end token is not among them
     logprobs: tuple[float, ...]         # of these tokens, under the model's own distribution (temperature 1)
-    finish_reason: str | None           # None: goes on. "stop": end token. "length": no room for more.
-                                        # "repetition": it went round in a loop
+    finish_reason: str | None           # None: goes on. "stop": end token. "length": no more wanted, or
+                                        # no room. "repetition": it went round in a loop
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Row:
 
     def begin(self, prompt: list[int]) -> None:
         """Notice whether the prompt has opened the reasoning: then it ends with <think> and a newline."""
-        if self.think and self.think.opening in prompt[-2:]:
+        if self.think and self.think.opening in prompt[-2:] and prompt[-1] != self.think.closing:
             self.follow(self.think.opening)
 
     def take(self, token: int, stop_ids: Collection[int]) -> str | None:
@@ -187,7 +187,8 @@ class Row:
 class Kept:
     """A cache of one row that outlives a call of generate(), and the tokens that it holds.
 
-    The next turn of a conversation begins like the one before: what they share is not computed again.
+    A conversation's next prompt begins like the one before, up to the last answer, which it has without its
+    reasoning: what they share is not computed again.
     """
     decoder: Decoder                    # has the cache, and its CUDA graphs
     tokens: list[int] = field(default_factory=list)
@@ -212,7 +213,7 @@ def generate(model: Transformer, prompts: Sequence[list[int]], stop_ids: Collect
     when prompt and completion fill rt.max_seq_len, or with `stop_loops` in a Loop. Ids from `n_tokens` on
     (padding of the embedding) are never drawn. `kept` (of one row) is used in place of a new cache.
     With several ranks, all call this with the same arguments; rank 0 draws, the others follow. Rank
-    0's `cancelled()`, asked with every forward pass, ends the call; all ranks give one or none does.
+    0's `cancelled()`, asked with every forward pass, ends the call; all ranks pass a function, or none does.
     ValueError: a prompt leaves no room for an answer. FloatingPointError: a logit is NaN.
     """
     rt = model.rt
@@ -541,8 +542,9 @@ def plan_job(args: argparse.Namespace, checkpoint: Checkpoint, chat: Chat, recor
         raise ValueError(f"--max-seq-len is {max_seq_len}; this model was made for at most {cfg.context_len}")
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= max_seq_len:
-            raise ValueError(f"{where(args, number)}: the prompt has {len(prompt)} tokens; with "
-                             f"--max-seq-len {max_seq_len} at most {max_seq_len - 1} fit")
+            limit = "--max-seq-len" if args.max_seq_len else "the model's context of"
+            raise ValueError(f"{where(args, number)}: the prompt has {len(prompt)} tokens; with {limit} "
+                             f"{max_seq_len} at most {max_seq_len - 1} fit")
     flags = ("num_samples", "temperature", "top_p", "seed", "max_new_tokens", "think_budget", "stop_loops",
              "dtype", "fp8")
     settings = {"checkpoint": fingerprint(checkpoint),
@@ -749,7 +751,7 @@ def run(args: argparse.Namespace) -> int:
             lambda: prepare(args, checkpoint, ranks, room) if first else (None, None, [], None))
         job = ranks.share(job)
         introduce(checkpoint, ranks)
-        rt = check(replace(job.rt, device=ranks.device, tp=ranks.tp))
+        rt = ranks.together(lambda: check(replace(job.rt, device=ranks.device, tp=ranks.tp)))
         model = ranks.together(lambda: load_model(checkpoint, rt))
         precompile(model)
     except (ValueError, OSError) as error:
@@ -769,8 +771,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             if chat and args.ckpt_path == DEMO:
                 print(WELCOME)
-            talk(model, job, ranks, chat and Conversation(chat, rt.max_seq_len, args.boxed),
-                 chat and Screen(chat, args.show_reasoning))
+            conversation = chat and Conversation(chat, rt.max_seq_len, args.boxed, args.allow_system)
+            talk(model, job, ranks, conversation, chat and Screen(chat, args.show_reasoning))
     except BrokenPipeError:                                 # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

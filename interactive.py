@@ -18,7 +18,7 @@ from pathlib import Path
 from unicodedata import east_asian_width
 
 from batch import read_prompts, write_file
-from chat import BOXED, Chat, ReasoningParser, TextStream, file_prompt, search_prompt
+from chat import BOXED, END_THINK, Chat, ReasoningParser, TextStream, advised, file_prompt, search_prompt
 from convert import HARMLESS, harmless
 
 try:
@@ -31,7 +31,7 @@ except ImportError:                     # not on Windows
 
 
 class Keyboard:
-    """Reads lines and, while an answer runs, Ctrl-C; other keys wait for the next line.
+    """Reads lines and, while an answer runs, Ctrl-C; keys after it wait for the next line.
 
     As a signal, Ctrl-C would reach torchrun, which ends the job: so as long as the chat lasts, it is a key
     like any other, and no key is shown by the terminal itself. Without a terminal, lines come from standard
@@ -75,15 +75,21 @@ class Keyboard:
 
     def line(self) -> str:
         """Ask for a line. EOFError at the end of input; KeyboardInterrupt."""
-        typed, self.typed, self.stopped = self.typed.rpartition(b"\x03")[2], b"", False
+        _, stopped, typed = self.typed.rpartition(b"\x03")
+        self.typed, self.stopped = b"", False
         if not self.terminal:
-            return input(">>> ")
+            try:
+                return input(">>> ").removesuffix("\r")     # which only Windows' Python takes off itself
+            except OSError as error:                        # as under nohup: it would fail again, for ever
+                raise EOFError from error
         from prompt_toolkit import PromptSession    # line editing, history, pastes of several lines, CJK
-        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.typeahead import clear_typeahead, store_typeahead
         from prompt_toolkit.input.vt100_parser import Vt100Parser
         from prompt_toolkit.output import create_output
         if not self.session:
             self.session = PromptSession(output=None if sys.stdout.isatty() else create_output(sys.stderr))
+        if stopped:             # what came before it may be there, if an earlier line was typed ahead, too
+            clear_typeahead(self.session.input)
         keys = []
         Vt100Parser(keys.append).feed(typed.decode(errors="surrogateescape"))
         store_typeahead(self.session.input, keys)
@@ -113,8 +119,8 @@ COMMANDS = {
 class Conversation:
     """The messages so far, and the commands that act on them."""
 
-    def __init__(self, chat: Chat, max_seq_len: int, boxed: bool):
-        self.chat, self.max_seq_len, self.boxed = chat, max_seq_len, boxed
+    def __init__(self, chat: Chat, max_seq_len: int, boxed: bool, allow_system: bool = False):
+        self.chat, self.max_seq_len, self.boxed, self.allow_system = chat, max_seq_len, boxed, allow_system
         self.messages: list[dict] = []
         self.last, self.answered = None, False          # the last question, as it was sent
         self.replaced: list[dict] = []  # question and answer that /retry has taken back
@@ -168,7 +174,7 @@ class Conversation:
 
     def add(self, reasoning: str, answer: str) -> None:
         """The answer to what was sent. Without one, the question is taken back: R1 knows no empty turns."""
-        self.answered = bool(answer.strip())
+        self.answered = bool(answer.rpartition(END_THINK)[2].strip())       # what the template keeps of it
         if self.answered:
             self.messages.append({"role": "assistant", "content": answer, "reasoning": reasoning.strip()})
         else:
@@ -218,7 +224,7 @@ class Conversation:
             raise ValueError(f"{path} is there already; it would be lost")
         write_file(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         self.saved.add(path)
-        print(f"({len(self.messages)} messages in {path})")
+        print(f"({len(self.messages)} messages in {harmless(path)})")
 
     def load(self, path: Path) -> None:
         first, *others = read_prompts(path)
@@ -226,9 +232,11 @@ class Conversation:
         self.chat.check(messages)
         if others or [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
             raise ValueError(f"{path}: not a single conversation that ends with a question and its answer")
+        messages, _ = advised(messages, allow_system=self.allow_system or self.chat.style == "jinja")
+        self.chat.encode([*messages, messages[-2]])         # ValueError, if no question could follow
         self.messages, self.last, self.answered, self.replaced = messages, messages[-2]["content"], True, []
         self.saved.add(path)
-        print(f"({len(messages)} messages from {path})")
+        print(f"({len(messages)} messages from {harmless(path)})")
 
     def attach_file(self, path: Path) -> None:
         try:
@@ -253,7 +261,7 @@ class Conversation:
                     f"{len(pages)} web pages; now ask about them")
 
     def attach(self, prompt: Callable[[str], str], what: str) -> None:
-        print(f"({what}{'; what was attached before is put away' * bool(self.attached)})")
+        print(f"({harmless(what)}{'; what was attached before is put away' * bool(self.attached)})")
         self.attached = prompt
 
 

@@ -7,6 +7,9 @@ gets a scale s of its own, chosen so that its largest element lands on 448: q = 
     weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
     activations    one fp32 scale per token and 128 channels        computed on the fly
 
+Activations are cut finer, as an outlier costs its block precision: here no other token. With blocks so small
+all tensors can be e4m3; e5m2, often taken for a wider range, rounds by twice as much (V3 section 3.3.2).
+
 A product of blocks j of A and W is then s_a[j] * s_w[j] * (q_a[j] . q_w[j]): the inner dot product runs on
 FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32
 (V3 Fig. 7).
@@ -199,7 +202,7 @@ capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def device_kind(device: torch.device) -> str:
-    """cpu | rocm: AMD's with matrix cores that Triton feeds with e4m3 | sm_90: Hopper, datacenter Blackwell
+    """cpu | rocm: AMD's with e4m3 products in Triton (gfx94: as fp16) | sm_90: Hopper, datacenter Blackwell
     (227 KB of shared memory) | sm_89: NVIDIA's others with e4m3 (99 KB) | sm_80: with bf16 | old: rest."""
     if device.type != "cuda":
         return "cpu"
@@ -212,7 +215,7 @@ def device_kind(device: torch.device) -> str:
 
 
 def path(device: torch.device, multiply: bool = True) -> str:
-    """triton | torch, for tensors on `device`. Old GPUs cannot multiply e4m3, but they can dequantise it."""
+    """triton | torch, for tensors on `device`. GPUs before sm_89 cannot multiply e4m3, but dequantise it."""
     if FORCED not in (None, "torch", "triton", "scaled_mm"):
         raise ValueError(f"FP8_PATH is {FORCED!r}; known: torch, triton, scaled_mm")
     kind = device_kind(device)
@@ -234,7 +237,7 @@ def scaled_mm_wins(m: int, w: Tensor, dtype: torch.dtype) -> bool:
 
 
 def default_mode(device: torch.device) -> str:
-    """FP8 activations where tensor cores multiply e4m3, weights dequantised where none do (README: FP8)."""
+    """FP8 activations where Triton multiplies e4m3, weights dequantised elsewhere (README: FP8)."""
     return "gemm" if path(device) == "triton" else "dequant"
 
 
@@ -245,7 +248,7 @@ class Tile(NamedTuple):
     features: int
     swap: bool          # (W A^T)^T instead of A W^T: Hopper's FP8 products want 64 rows on their left
     warps: int
-    stages: dict        # loads that run ahead of the products, as many as shared memory has room for
+    stages: dict        # by device_kind: loads that run ahead of the products, in shared memory
 
 
 # A table, no autotuning: no pause at run time, and 1 to 16 tokens share a tile, so that a token's result does
@@ -275,8 +278,8 @@ def n_splits(tiles: int, kb: int, device: torch.device) -> int:
 # 3. Triton
 
 if triton:
-    @triton.jit(do_not_specialize=["m", "m_stride"])
-    def act_quant_kernel(x, q, scale, m, k, m_stride, UE8M0: tl.constexpr, ROWS: tl.constexpr):
+    @triton.jit(do_not_specialize=["m", "k_stride"])
+    def act_quant_kernel(x, q, scale, m, k, k_stride, UE8M0: tl.constexpr, ROWS: tl.constexpr):
         """ROWS tokens x 128 channels. The scales are stored [kb, m]: coalesced, and what cuBLASLt reads."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         channels = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -290,7 +293,7 @@ if triton:
         # No clamp: |x| / s rounds to 448 at most, and a clamp would turn a NaN into a number
         quotient = tl.div_rn(values, tl.broadcast_to(s[:, None], [ROWS, 128]))
         tl.store(q + offsets, quotient.to(tl.float8e4nv), mask=mask)
-        tl.store(scale + tl.program_id(1).to(tl.int64) * m_stride + rows, s, mask=rows < m)
+        tl.store(scale + tl.program_id(1).to(tl.int64) * k_stride + rows, s, mask=rows < m)
 
     @triton.jit
     def weight_quant_kernel(w, q, scale, n, k, kb):

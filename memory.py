@@ -95,14 +95,15 @@ def read_bytes(name: str, tensor: torch.Tensor, cfg: Config, rt: Runtime) -> int
 def activations(model: Transformer, rt: Runtime) -> int:
     """Upper bound for a prefill chunk of s tokens that sees t slots: attention or feed-forward, the larger.
 
-    Counts every tensor of a sublayer as alive at once, next to the residual stream and the mask.
+    Counts every tensor of a sublayer as alive at once, in numbers of rt.dtype, next to the residual stream,
+    the mask and logits, in bytes.
     """
     cfg = model.cfg
     s, t, ranks, size = min(rt.prefill_chunk, rt.max_seq_len), rt.max_seq_len, rt.tp.size, rt.dtype.itemsize
     heads, seen = cfg.n_heads // ranks, t
-    if cfg.mla:
+    if cfg.mla:             # seen: the most slots that s queries expand; few: the most queries that absorb t
         a, absorbs = cfg.mla, model.layers[0].attn.absorbs
-        seen = s + bisect_left(range(s, t), True, key=lambda slots: absorbs(s, slots))      # then it absorbs
+        seen = s + bisect_left(range(s, t), True, key=lambda slots: absorbs(s, slots))
         few = bisect_left(range(2, s + 1), True, key=lambda queries: not absorbs(queries, t)) + 1
         qk, v, kv_heads = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim, heads
         latent = (a.q_lora_rank or 0) + 2 * (a.kv_lora_rank + a.qk_rope_head_dim)

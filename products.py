@@ -6,12 +6,13 @@ cases:
     a few rows, compiled    the time goes into reading W. With --compile, `matvec` is one pass over W as fast
                             as memory delivers it; F.linear is not (nor cuBLAS, for one row on a GPU)
     no products of bf16     x86 before AVX-512's bf16: oneDNN converts as it goes, and fp32 is 5 times as fast
-    AMX                     Intel's units for products of bf16 tiles: oneDNN is fastest at W x^T, with rows in
-                            sixteens, and weights that lie in whole cache lines
+    AMX                     Intel's units for products of bf16 tiles, up to 16 rows of 64 bytes. The right one
+                            of two matrices must be rearranged, the left one need not: oneDNN is fastest at
+                            W x^T, with rows in sixteens, and weights whose tiles have whole cache lines
 
 Sections: 1 what a product is and which way it goes; 2 the pass over W; 3 AMX; 4 an MoE layer's experts.
-Dimensions, a GEMM's, not model.py's: n output features, k input features; nb = ceil(n / 128); e experts. In
-section 4 they are model.py's again, and s are rows sorted by expert.
+Dimensions, a GEMM's, not model.py's: n output features, k input features; nb = ceil(n / 128), kb = ceil(k /
+128); e experts, s rows sorted by expert. Only in `by_expert` n, m and k are model.py's.
 """
 import math
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def fp32_is_faster(x) -> bool:
     """Whether x, with a dtype and a device, is bf16 on a CPU for which oneDNN has no products of bf16
-    matrices, such as x86 before AVX-512's bf16. There fp32 runs 5 times as fast, in batches up to 100."""
+    matrices, such as x86 before AVX-512's bf16. There fp32 runs 5 times as fast, batched up to 100 times."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
 
 
@@ -98,8 +99,8 @@ def matvec(x: Tensor, w: Tensor, scale: Tensor | None = None, ids: Tensor | None
 
 
 def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
-    """Four codes of w are read as a number, and x meets them as four vectors, times their blocks' scales. One
-    pass goes through the quarters of all blocks, as in `matvec`. NaN codes do not become NaN here."""
+    """Four e4m3 codes of w are read as a number, and x meets them as four vectors, times their blocks' scales.
+    One pass goes through the quarters of all blocks, as in `matvec`. NaN codes do not become NaN here."""
     n, rest, shared = w.shape[-2], w.shape[-2] % BLOCK, w.dim() == 2
     if rest < n and rest:                               # the last block of rows is a ragged one
         parts = [(w[..., :n - rest, :], scale[..., :-1, :]), (w[..., n - rest:, :], scale[..., -1:, :])]
@@ -115,7 +116,7 @@ def matvec_fp8(x: Tensor, w: Tensor, scale: Tensor, ids: Tensor | None) -> Tenso
     y = [torch.cat([sums(sum(x32 * code for x32, code in zip(row, codes))) for codes in parts], dim=-1)
          for row in rows]                                                                   # [..., nb, 128]
     y = (torch.stack(y).view(*x.shape[:-1], n) if shared else y[0].flatten(-2)) * 2.0 ** 60
-    return y.to(x.dtype)                                # in two steps, so that nothing under- or overflows
+    return y.to(x.dtype)                # 2^60 twice, for decoded's 2^-120: at once something would overflow
 
 
 def streams(w: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -125,7 +126,7 @@ def streams(w: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 
 def decoded(w: Tensor) -> list[Tensor]:
-    """Each number's four codes, of values v: four times 2^-120 v, in fp32.
+    """Each number's four codes as four tensors: fp32, values times 2^-120 (the exponents' biases: 7, 127).
 
     w is a float, though not used as one, because PyTorch reads vectors of integers several times slower;
     `clamp`, which changes no float, makes that choice stay.
@@ -158,17 +159,18 @@ def multiplies_tiles(x) -> bool:
 
 
 def transposed(rows: int, x: Tensor, w: Tensor) -> bool:
-    """Whether so many rows of x go as W x^T, with AMX: up to 64, for which oneDNN reads W faster, 1.2 to 1.7
-    times, also than what is compiled, for more than 4 of them; if W lies in whole cache lines up to 128, or
-    up to PIECE if it has three times as many rows."""
+    """Whether so many rows of x go as W x^T, with AMX: up to 64; if W lies in whole cache lines up to 128, or
+    up to PIECE if W has three times as many rows. oneDNN reads W 1.2 to 1.7 times as fast so; for more than
+    4 rows faster, too, than what is compiled."""
     if not multiplies_tiles(x):
         return False
     return rows <= (max(128, min(PIECE, w.shape[-2] // 3)) if in_lines(w) else 64)
 
 
 def in_lines(w: Tensor) -> bool:
-    """Whether w begins with a cache line: a file may have it elsewhere, and then a tile's rows take two each.
-    Weights that are copied do, and convert.py's files are made so. A compiler does not know: False."""
+    """Whether w begins with a cache line: a file may have it elsewhere, and then a tile's rows, of 64 bytes,
+    take two each. Weights that are copied do, and convert.py's files are made so. A compiler does not know:
+    False."""
     return not torch.compiler.is_compiling() and w.data_ptr() % 64 == 0
 
 
@@ -198,8 +200,8 @@ def by_expert(x: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, T
     """x [n, m] once for each choice ids [n, k], those of an expert next to each other -> [s, m]; the choices'
     rows there [n, k]; and each expert's end, int32 [e].
 
-    With AMX an expert's rows are sixteens, the first of them spare, and few are rounded up to a power of two:
-    oneDNN compiles anew for each number of rows, and for each stride of a result of `grouped`.
+    With AMX an expert's rows are sixteens, the first of them spare, and s, up to 64 e, is a power of two, the
+    last ones spare: oneDNN compiles anew for each number of rows, and each stride of a result of `grouped`.
     """
     chosen, tiles = ids.flatten(), multiplies_tiles(x)
     rows, counts = chosen.argsort(stable=True).argsort(), chosen.bincount(minlength=n_experts)
@@ -224,5 +226,5 @@ def can_group(x: Tensor, *stacks: Tensor) -> bool:
 
 def grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """x W^T with one matrix of w [e, n, k] for each of e runs of rows x [s, k], int32 ends [e] -> [s, n].
-    PyTorch goes from one to the next, in less time than Python does."""
+    PyTorch goes from one to the next, in less time than Python does. Up to 64 rows a matrix are W x^T."""
     return F.grouped_mm(w, x.T, offs=ends).T if len(x) <= 64 * len(w) else F.grouped_mm(x, w.mT, offs=ends)

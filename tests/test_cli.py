@@ -317,6 +317,12 @@ PROMPT_FILES = {
     "too long": (b'{"prompt": "a"}\n{"prompt": "' + b"a" * 300 + b'"}\n', "line 2: the prompt has 30")}
 
 
+def test_a_prompt_longer_than_the_models_context_is_refused_by_that(folders, capsys):
+    (folders / "long.txt").write_text("a" * 5000)
+    refused(capsys, folders, "--ckpt-path", folders / "hf", "--input-file", folders / "long.txt",
+            word="with the model's context of 2560 at most 2559 fit")
+
+
 @pytest.mark.parametrize("content, word", PROMPT_FILES.values(), ids=PROMPT_FILES.keys())
 def test_prompt_files_are_refused_by_line(content, word, folders, capsys):
     (folders / "bad.jsonl").write_bytes(content)

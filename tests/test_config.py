@@ -5,6 +5,7 @@ checkpoints; R1's tensors sum to the size of the published files.
 """
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,18 @@ def test_a_huggingface_config_that_does_not_fit_is_refused_by_name(change, named
     changed = {key: value for key, value in {**R1_HF, **change}.items() if value is not ...}
     with pytest.raises(ValueError, match=named):
         config_from_hf(changed)
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(quantization_config={**FP8, "fmt": "e5m2"}), "key 'quantization_config.fmt' is 'e5m2'"),
+    (dict(n_layers=28), "unknown key 'n_layers' (value 28)"), (dict(theta=1e4), "unknown key 'theta'"),
+    (dict(rope_scaling=dict(R1_HF["rope_scaling"], beta_fast="x")), "key 'beta_fast' is 'x'"),
+    (dict(tie_word_embeddings=1), "key 'tie_word_embeddings' is 1"),
+    (dict(n_group="x"), "key 'n_group' is 'x'"), (dict(rope_theta="x"), "key 'rope_theta' is 'x'")])
+def test_a_refusal_has_the_name_of_the_key_in_the_file(change, named, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**R1_HF, **change}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {named}")):
+        load_config(tmp_path / "config.json")
 
 
 def test_a_dense_checkpoint_with_a_sliding_window_is_refused():

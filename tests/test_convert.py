@@ -171,6 +171,17 @@ def test_a_disk_without_room_is_named_before_anything_is_written(llamas, tmp_pat
     assert run(llamas[0], tmp_path / "out", 2) == 0
 
 
+def test_parts_of_another_source_leave_their_room_to_what_replaces_them(llamas, tmp_path, monkeypatch):
+    (first, second), out = llamas, tmp_path / "out"
+    assert run(first, out, 2) == 0
+    unfinish(out, ".part")
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert run(second, out, 2) == 0
+    unfinish(out, ".part")
+    os.truncate(out / "model1-mp2.safetensors.part", 100_000)
+    assert run(second, out, 2) == 2
+
+
 def test_stop_ids_that_only_config_json_has_are_kept(tmp_path):
     tiny.write(tmp_path / "hf", tiny.llama())
     (tmp_path / "hf/generation_config.json").unlink()
@@ -212,7 +223,7 @@ def test_finished_rank_files_of_another_source_are_refused_not_mixed_in(llamas, 
     unfinish(out, "")
     before = contents(out)
     assert run(second, out, 2) == 2
-    assert "model0-mp2.safetensors: of another checkpoint" in capsys.readouterr().err
+    assert "model0-mp2.safetensors: of another checkpoint, number of ranks" in capsys.readouterr().err
     assert contents(out) == before
 
 

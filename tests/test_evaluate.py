@@ -563,6 +563,9 @@ def test_what_does_not_fit_is_refused_before_hashing_and_what_is_advised_fits(tm
     with pytest.raises(pytest.fail.Exception):
         run(*args, str(rows))
     assert run(*args, str(rows + 1)) == 2 and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()                                  # so is a run that another one would overwrite
+    (tmp_path / "out/completions.jsonl.part").write_text("{}\n")
+    assert run(*args, str(rows)) == 2 and "was interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nX: y", "sk-sécret"])

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from decode import Decoder
-from generate import Event, Kept, Loop, Sampling, ThinkBudget, generate
+from generate import Event, Kept, Loop, Row, Sampling, ThinkBudget, generate
 
 PROMPTS = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()
            for n in (5, 60, 1, 17, 33, 2, 44)]
@@ -202,6 +202,13 @@ def test_reasoning_that_ended_or_begins_by_itself_is_counted_right(both):
     assert complete(model, PROMPTS[:1], sampling=sampling, think=think)[0][:9] == free[:9]  # one token long
     think = ThinkBudget(3, opening=free[2], closing=250, ending=(1, 250, 3))
     assert complete(model, PROMPTS[:1], sampling=sampling, think=think)[0][:9] == [*free[:6], 1, 250, 3]
+
+
+@pytest.mark.parametrize("end, opened", [((7, 9), True), ((9, 7), True), ((7, 8), False), ((7, 1, 1), False)])
+def test_a_prompt_has_opened_the_reasoning_or_closed_it_again(end, opened):
+    row = Row(0, 0, 3, 100, None, ThinkBudget(5, opening=7, closing=8, ending=(8,)))
+    row.begin([1, 2, *end])
+    assert (row.thought is not None) == opened
 
 
 def test_the_log_probability_of_a_forced_token_is_the_models_own(both):

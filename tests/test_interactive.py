@@ -23,6 +23,7 @@ from interactive import Conversation, Keyboard, Screen, last_columns
 
 PROMPT = re.escape("\x1b[?2004h")           # a new line to be typed: the terminal is to mark pastes
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+LONG = "Mia has 23 boxes with 12 pencils in each, and 40 more pencils. How many pencils is that in all?"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,7 @@ def test_a_conversation_folds_its_reasoning_and_ctrl_c_stops_an_answer_on_all_ra
     assert re.search(r"\r\x1b\[K\x1b\[2mthought for \d+ tokens, \d+ s\r\n\r\n\x1b\[0m478 \+ 56 = .boxed.534",
                      shown)
     assert re.search(r"tokens/s; prompt: 17 of 17 tokens new", shown)
-    child.send("Mia has 23 boxes with 12 pencils in each, and 40 more pencils. "    # reasoning of 200 tokens
-               "How many pencils is that in all?\r")
+    child.send(LONG + "\r")
     child.expect("thinking, 1.* tokens")
     child.send(CTRL_C)
     child.expect(PROMPT)
@@ -102,7 +102,14 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt():
     child.expect("reasoning will be shown")
     child.expect("</think>")
     child.expect(PROMPT)
-    assert "folded" in say(child, "/think off")
+    child.send("What is 4711 * 8153?\r")
+    child.expect("<think>")
+    child.send(f"{LONG}\r3 + 4?\r")
+    child.expect("<think>")
+    child.send(CTRL_C)                                          # the third line is dropped, too
+    child.expect(r"\(stopped\)")
+    child.expect(PROMPT)
+    assert "folded" in say(child, "/think off") and "boxed" not in child.before
     leave(child)
 
 
@@ -191,7 +198,7 @@ def test_reasoning_is_kept_in_full_if_asked_and_colour_can_be_refused():
 
 def test_a_pipe_gets_plain_text_and_ctrl_d_and_bad_bytes_end_nothing():
     done = subprocess.run(program("generate.py", "--interactive", "--temperature", 0), timeout=120,
-                          input=b"caf\xe9\n12 + 30?\n/think off\n12 + 30?\n", capture_output=True,
+                          input=b"caf\xe9\n12 + 30?\r\n/think off\n12 + 30?\n", capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     out = done.stdout.decode()
     assert done.returncode == 0 and "Traceback" not in done.stderr.decode() and "\x1b" not in out
@@ -199,6 +206,14 @@ def test_a_pipe_gets_plain_text_and_ctrl_d_and_bad_bytes_end_nothing():
     assert "messages[0].content: not valid Unicode" in out
     assert re.search(r"<think>\n.*12\+30.*\n</think>\n\n12 \+ 30 = .boxed.42.\n", out, re.DOTALL)
     assert re.search(r"will be folded.\n>>> thought for \d+ tokens, \d+ s\n\n12 \+ 30 = .boxed.42.\n", out)
+    assert b"13 of 13 tokens new" in done.stderr                # no CR among them
+
+
+def test_input_that_cannot_be_read_ends_the_chat():
+    with open(os.devnull, "w") as unreadable:                   # as nohup has it
+        done = subprocess.run(program("generate.py", "--interactive"), stdin=unreadable, timeout=120,
+                              capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(">>>") == 1
 
 
 # Without a model
@@ -260,12 +275,15 @@ def test_an_answer_says_why_it_ended_early(reason, note, demo, capsys):
     assert out == "1, 2, 3\n" and err.startswith(f"{note}\n")
 
 
-def test_control_characters_of_a_model_or_a_name_do_not_reach_the_terminal(demo, capsys, monkeypatch):
+def test_control_characters_of_a_model_or_a_name_do_not_reach_the_terminal(demo, capsys, monkeypatch,
+                                                                           tmp_path):
     screen = Screen(demo, full=True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)          # even one that knows no escape sequences
     screen.write("\x1b[2Jgone\x07 \x9b1m\r好\n\t")
     assert capsys.readouterr().out == "\ufffd[2Jgone\ufffd \ufffd1m\ufffd好\n\t"
     asked(Conversation(demo, 2048, False), "/load \x1b[2J")
+    (tmp_path / "\x1b[2J").write_text("text")
+    asked(Conversation(demo, 2048, False), f"/file {tmp_path}/\x1b[2J")
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -299,6 +317,9 @@ def test_history_holds_answers_and_no_reasoning_and_retry_takes_the_answer_back(
     conversation.add("", "Tschüss")
     assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
     conversation.add("stopped again", "")
+    assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Tschüss"]
+    assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
+    conversation.add("", "more</think>\n")      # of which the template would keep nothing
     assert [m["content"] for m in conversation.messages] == ["Hi", "Ho", "Bye", "Tschüss"]
     assert asked(conversation, "/retry") == f"{history}<｜User｜>Bye<｜Assistant｜><think>\n"
     conversation.add("", "Ciao")
@@ -428,12 +449,23 @@ def test_a_saved_conversation_goes_on_where_it_was(demo, tmp_path, capsys):
         path.write_text(text)
         assert asked(new, f"/load {path}") is None and words in capsys.readouterr().out
     assert len(new.messages) == 3
+    old = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+           {"role": "assistant", "content": "Ho"}]
+    path.write_text(json.dumps({"messages": old}))
+    assert asked(new, f"/load {path}", "Bye").startswith("<｜User｜>Be brief.\n\nHi<｜Assistant｜>Ho")
+    keeps = Conversation(demo, 2048, boxed=False, allow_system=True)
+    assert asked(keeps, f"/load {path}", "Bye").startswith("Be brief.<｜User｜>Hi<｜Assistant｜>Ho")
+    path.write_text(json.dumps({"messages": [*old, old[1], dict(old[2], content="<｜begin▁of▁sentence｜>")]}))
+    assert asked(keeps, f"/load {path}") is None and "begin" in capsys.readouterr().out
+    assert keeps.messages[-1]["content"] == "Bye"
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    args = " ".join(program("generate.py", "--prompt", "12", "--seed", 1))
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {args} | head -c 1"], capture_output=True)
-    assert done.returncode in (0, 141) and b"error" not in done.stderr and b"Traceback" not in done.stderr
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    (tmp_path / "prompts.txt").write_text("12 + 30?\n1 + 2?")
+    for what, reader in ((["--prompt", "12"], "head -c 1"), (["--input-file", tmp_path / "prompts.txt"], "true")):
+        args = " ".join(program("generate.py", *what, "--seed", 1, "--max-new-tokens", 9))
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {args} | {reader}"], capture_output=True)
+        assert done.returncode in (0, 141) and b"rror" not in done.stderr and b"Trace" not in done.stderr
 
 
 def test_every_answer_is_a_sample_of_its_own(demo, monkeypatch):

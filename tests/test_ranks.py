@@ -107,6 +107,13 @@ def test_ranks_introduce_themselves_and_a_shard_that_one_of_them_lacks_is_named(
     assert f"generate.py: error: rank 1: {tmp_path}/1/model1-mp2.safetensors: no such file" in done.stderr
 
 
+def test_a_rank_on_whose_machine_something_is_missing_is_named(tmp_path):
+    change = "if rank == 1: generate.check = lambda rt: open('/no/compiler')"
+    done = run(launch(tmp_path, change, "--prompt", QUESTION))
+    assert done.returncode != 0 and done.stderr.count("generate.py: error:") == 1
+    assert "generate.py: error: rank 1: " in done.stderr and "/no/compiler" in done.stderr
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(generate.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(generate.torch.cuda, "device_count", lambda: 1)

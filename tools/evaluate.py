@@ -103,6 +103,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks,
         raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}, and {room / memory.GIB:.2f} GiB "
                          f"are free; what fits: "
                          f"{f'--batch-size {rows}' if rows else 'nothing, on so few ranks'}")
+    grading.grader_version(plan.kind)       # what `begin` would refuse once all of R1 has been hashed
+    Results(args.out / "completions.jsonl", settings(args, plan), args.resume)
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
         "engine": "generate.py", "checkpoint sha256": hash_files(checkpoint),
@@ -529,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.work(args)
         return 0
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not memory.ran_out(error):
             raise
         if FIRST or memory.ran_out(error):      # of all else all ranks know, and one says it
@@ -537,7 +539,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if FIRST:
-            print("\ninterrupted; --resume goes on from what is done", file=sys.stderr)
+            hint = "; --resume goes on from what is done" * (args.command == "run")
+            print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
 
 
