@@ -464,7 +464,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     (tmp_path / "prompts.txt").write_text("12 + 30?\n1 + 2?")
     for what, reader in ((["--prompt", "12"], "head -c 1"), (["--input-file", tmp_path / "prompts.txt"], "true")):
         args = " ".join(program("generate.py", *what, "--seed", 1, "--max-new-tokens", 9))
-        done = subprocess.run(["bash", "-c", f"set -o pipefail; {args} | {reader}"], capture_output=True)
+        command = f"unset PYTHONUNBUFFERED; set -o pipefail; {args} | {reader}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True)
         assert done.returncode in (0, 141) and b"rror" not in done.stderr and b"Trace" not in done.stderr
 
 
