@@ -302,7 +302,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Convention: pairs are interleaved, as in DeepSeek's checkpoints. HuggingFace's Qwen and Llama pair
     (i, i + r/2); convert.py permutes their q and k rows once, so that this is the only rotation.
     """
-    # TorchInductor has real numbers only. Not compiled, the complex form takes a third of the real one's time
+    # TorchInductor has real numbers only. In prompts the complex form takes a third of the real one's time
     if torch.compiler.is_compiling():           # x0 cos(-a) + x1 sin(-a), x1 cos(a) + x0 sin(a), ...
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                 # x1, x0, x3, x2, ...
         return (x * cos + swapped * sin).to(x.dtype)                            # [b, s, h, r]
