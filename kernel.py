@@ -7,8 +7,8 @@ gets a scale s of its own, chosen so that its largest element lands on 448: q = 
     weights        one fp32 scale per block of 128 x 128            stored in the checkpoint
     activations    one fp32 scale per token and 128 channels        computed on the fly
 
-Activations are cut finer, as an outlier costs its block precision: here no other token. With blocks so small
-all tensors can be e4m3; e5m2, often taken for a wider range, rounds by twice as much (V3 section 3.3.2).
+Activations are cut finer, so that an outlier costs precision in 128 channels of its own token only. With
+blocks so small all tensors can be e4m3; e5m2, which spans more, rounds by twice as much (V3 section 3.3.2).
 
 A product of blocks j of A and W is then s_a[j] * s_w[j] * (q_a[j] . q_w[j]): the inner dot product runs on
 FP8 operands, its result leaves the tensor core after N_C = 128 channels and is scaled and summed in fp32

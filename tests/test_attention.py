@@ -221,3 +221,4 @@ def test_r1_evaluates_latent_attention_in_the_cheaper_order(s, t):
     among_latents = s * nope * rank + s * t * (rank + rope) + s * t * rank + s * rank * value
     absorbs = MLA(replace(load_config(ROOT / "config_671B.json"), n_layers=1), Runtime()).absorbs
     assert absorbs(s, t) == (s == 1 or among_latents <= keys_and_values)
+    assert absorbs(170, 10 ** 6) and not absorbs(171, 10 ** 6)

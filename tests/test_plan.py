@@ -93,8 +93,9 @@ LATENT = tiny.deepseek(num_attention_heads=16, num_key_value_heads=16, kv_lora_r
 
 @tiny.PROC
 @pytest.mark.parametrize("config, chunk, dtype", [
-    (DENSE, 1024, torch.float32), (LATENT, 2048, torch.bfloat16), (LATENT, 96, torch.float32),
-    (LATENT, 96, torch.bfloat16)], ids=["dense", "expanded bf16 in one chunk", "absorbed", "absorbed bf16"])
+    (DENSE, 1024, torch.float32), (LATENT, 2048, torch.bfloat16), (LATENT, 128, torch.float32),
+    (LATENT, 128, torch.bfloat16), (LATENT, 96, torch.float32), (LATENT, 96, torch.bfloat16)],
+    ids=["dense", "expanded bf16 in one chunk", "expanded", "expanded bf16", "absorbed", "absorbed bf16"])
 def test_activations_are_near_the_bound(config, chunk, dtype, tmp_path, monkeypatch):
     """bf16 as on a CPU that multiplies in fp32, which takes copies."""
     monkeypatch.setattr(products, "MULTIPLIES_BF16", False)

@@ -103,7 +103,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks,
         raise ValueError(f"{rt.rows} x {rt.max_seq_len} tokens need {need}, and {room / memory.GIB:.2f} GiB "
                          f"are free; what fits: "
                          f"{f'--batch-size {rows}' if rows else 'nothing, on so few ranks'}")
-    grading.grader_version(plan.kind)       # what `begin` would refuse once all of R1 has been hashed
+    # What `begin` would refuse, once all of R1 has been hashed
     Results(args.out / "completions.jsonl", settings(args, plan), args.resume)
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     results, wanted = begin(args, plan, {
@@ -141,7 +141,6 @@ def begin(args: argparse.Namespace, plan: Protocol, engine: dict,
 
     --resume compares settings and engine, but not `more`, nor software: that of every start is recorded.
     """
-    grading.grader_version(plan.kind)       # what grading needs must be there before hours of sampling
     tools = (Path(__file__).with_name(f"{name}.py") for name in ("evaluate", "tasks", "grading", "demo_task"))
     files = *sorted(ROOT.glob("*.py")), *tools
     software = {"code sha256": sha256(b"".join(path.read_bytes() for path in files)),

@@ -140,6 +140,7 @@ def read_gradable(args: argparse.Namespace) -> Protocol:
     if (plan := read_protocol(args)).kind == "code":
         raise ValueError(f"{plan.task}: grading executes generated code, which this tool does not do; use "
                          "`export`, any engine, `import` and LiveCodeBench's own grader")
+    grading.grader_version(plan.kind)       # what grading needs must be there before hours of sampling
     return plan
 
 
